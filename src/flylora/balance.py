@@ -1,0 +1,109 @@
+"""Loss-free load balancing (Eq. 9): expert loads become steps of the routing bias, once per optimizer step.
+
+Backward counts how many tokens chose each rank. After an optimizer step, the layers whose B that optimizer holds move
+their routing bias by ``sign(mean(c) - c_i)`` steps and forget the counts. PyTorch's public optimizer-step hook sees
+every optimizer, so nothing has to be called; engines that hide B from the optimizer (DeepSpeed, FSDP with flattened
+parameters) call [`balance_model`] after their step or use [`BalanceCallback`].
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from .functional import balance_steps
+
+if TYPE_CHECKING:
+    from .tuner.layer import FlyLoraLinear
+
+_layers: weakref.WeakSet[FlyLoraLinear] = weakref.WeakSet()
+_hook_handle: Any = None
+
+
+def track(layer: FlyLoraLinear) -> None:
+    """Let optimizer steps balance this layer; called by the layer itself, also when it is copied or unpickled."""
+    global _hook_handle
+    _layers.add(layer)
+    if _hook_handle is None:
+        _hook_handle = register_optimizer_step_post_hook(_after_optimizer_step)
+
+
+def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    pairs = [
+        (layer, adapter)
+        for layer in _layers
+        for adapter, up in layer.flylora_B.items()
+        if id(up) in held
+    ]
+    _step(pairs)
+
+
+def balance_model(model: nn.Module) -> None:
+    """Move the routing bias of every trained adapter in the model by one step, from the loads since the last one.
+
+    For training engines whose optimizer does not hold the adapter's own parameters. Calling it where the automatic
+    hook has run already changes nothing: no loads are left.
+    """
+    from .tuner.layer import FlyLoraLinear
+
+    _step(
+        [
+            (layer, adapter)
+            for layer in model.modules()
+            if isinstance(layer, FlyLoraLinear)
+            for adapter in layer.flylora_B
+        ]
+    )
+
+
+def _step(pairs: Iterable[tuple[FlyLoraLinear, str]]) -> None:
+    # Every rank of a data-parallel run must see the same order, and the set of live layers has none.
+    ordered = sorted(
+        ((layer, adapter) for layer, adapter in pairs if adapter in layer.expert_load),
+        key=lambda pair: (pair[0].module_name, pair[1]),
+    )
+    loads = [layer.expert_load[adapter] for layer, adapter in ordered]
+    if not loads:
+        return
+    for (layer, adapter), load in zip(ordered, _sum_over_ranks(loads), strict=True):
+        bias = layer.flylora_d[adapter]
+        ranks = tuple(block.r for block in layer.routing[adapter])
+        bias.add_(balance_steps(load, ranks).to(bias.device))
+        layer.expert_load[adapter].zero_()
+
+
+def _sum_over_ranks(loads: list[Tensor]) -> list[Tensor]:
+    """The loads summed over the data-parallel ranks, in one collective; as they are without torch.distributed."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return loads
+    flat = torch.cat([load.to(loads[0].device) for load in loads])
+    dist.all_reduce(flat)
+    return list(flat.split([load.numel() for load in loads]))
+
+
+def __getattr__(name: str) -> Any:
+    # transformers is heavy and only the callback needs it.
+    if name != "BalanceCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from transformers import TrainerCallback
+
+    class BalanceCallback(TrainerCallback):
+        """Calls [`balance_model`] after each optimizer step of a transformers or TRL trainer.
+
+        Only needed where the engine hides the adapter's parameters from the optimizer (DeepSpeed, flattened FSDP).
+        The Trainer also reports steps that mixed-precision scaling skipped; their loads count as a step here.
+        """
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            balance_model(kwargs["model"])
+
+    BalanceCallback.__qualname__ = "BalanceCallback"
+    globals()["BalanceCallback"] = BalanceCallback
+    return BalanceCallback

@@ -1,0 +1,392 @@
+r"""The mathematics of FlyLoRA as pure functions (Zou et al., NeurIPS 2025, arXiv 2510.08396v2).
+
+Legend, used in every docstring below:
+
+====== ========== ==================================================================================
+symbol shape      meaning
+====== ========== ==================================================================================
+N                 tokens
+n, m              in_features, out_features of the adapted layer
+W      (m, n)     frozen pretrained weight
+A      (r, n)     frozen sparse random projection: down-projection and implicit router in one
+B      (m, r)     trainable up-projection; its column b_i is a rank-1 expert
+x      (N, n)     layer input
+y      (N, r)     y = x A^T, the projections
+z      (N, r)     routed codes: y where a rank was selected, 0 elsewhere
+d      (r,)       routing bias; moves the selection only, never the output (Eq. 9)
+r, k              total and active rank; p non-zeros in each row of A, density rho = p/n
+T                 blocks: independent projections stacked along r, each with its own top-k (1 unless merged)
+====== ========== ==================================================================================
+
+Forward (Eq. 7, 8, 10, 11):  out = W x + s * sum_{i in I} b_i y_i,  I = the k largest scores,  s = alpha / r.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Selection = Literal["magnitude", "signed", "biased_magnitude", "random", "all"]
+ProjectionInit = Literal["gaussian", "rademacher"]
+
+
+class Block(NamedTuple):
+    """Routing of one projection: ``k`` of ``r`` ranks act on a token, picked by ``selection``.
+
+    ``noise_seed`` is read by the selection ``random`` alone.
+    """
+
+    r: int
+    k: int
+    selection: Selection = "magnitude"
+    noise_seed: int = 0
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether every rank acts on every token, so that the adapter is the plain product B A."""
+        return self.k >= self.r or self.selection == "all"
+
+
+class SparseProjection(NamedTuple):
+    """Rows of a projection by their non-zeros: ``values`` (r, p) float32, ``columns`` (r, p) int32, ascending."""
+
+    values: Tensor
+    columns: Tensor
+
+
+# --- the projection ------------------------------------------------------------------------------------------
+
+
+def nonzeros_per_row(in_features: int, density: float) -> int:
+    """p = max(1, round(rho n)), the non-zeros in each row of A."""
+    return min(in_features, max(1, round(density * in_features)))
+
+
+def derive_seed(projection_seed: int, module_name: str) -> int:
+    """The seed of one layer's A, from the adapter's seed and the module's full name.
+
+    It depends on neither the order of the layers nor on which others are adapted. Returns an integer in [0, 2^63).
+    """
+    digest = hashlib.sha256(f"flylora-projection:{projection_seed}:{module_name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def sparse_projection(
+    seed: int, r: int, in_features: int, nonzeros: int, init: ProjectionInit = "gaussian"
+) -> SparseProjection:
+    """A's non-zeros: in each row exactly p distinct columns, drawn uniformly, each N(0, 1/r^2) (Section 3.2).
+
+    ``rademacher`` draws +1/r or -1/r instead (Table 15). Everything is drawn on the CPU in float64, which is the same
+    on every machine where float32 is not, and rounded to the bfloat16 grid, so that later casts to bfloat16 or
+    wider are exact. No global random state is read or written.
+
+    Args:
+        seed: the layer's own seed, see [`derive_seed`].
+        r, in_features, nonzeros: r, n and p.
+
+    Returns:
+        values (r, p) float32 and columns (r, p) int32, ascending in each row.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    keys = torch.rand(r, in_features, dtype=torch.float64, generator=generator, device="cpu")
+    if nonzeros == in_features:
+        columns = torch.arange(in_features, dtype=torch.int64, device="cpu").expand(r, in_features)
+    else:
+        # The p smallest of n uniform keys are a uniform p-subset; a selection is cheaper than a sort.
+        threshold = keys.kthvalue(nonzeros, dim=1, keepdim=True).values
+        chosen = keys <= threshold
+        if int(chosen.sum()) != r * nonzeros:  # equal keys at the threshold: the lower columns win
+            chosen &= chosen.cumsum(dim=1) <= nonzeros
+        columns = chosen.nonzero()[:, 1].view(r, nonzeros)
+    if init == "gaussian":
+        values = torch.randn(r, nonzeros, dtype=torch.float64, generator=generator, device="cpu") / r
+    else:
+        signs = torch.rand(r, nonzeros, dtype=torch.float64, generator=generator, device="cpu") < 0.5
+        values = torch.where(signs, -1.0 / r, 1.0 / r)
+    return SparseProjection(values.to(torch.bfloat16).float(), columns.to(torch.int32))
+
+
+def densify(projection: SparseProjection, in_features: int) -> Tensor:
+    """The dense A (r, n) in float32 of the given non-zeros."""
+    values, columns = projection
+    dense = torch.zeros(values.shape[0], in_features, dtype=torch.float32, device=values.device)
+    return dense.scatter_(1, columns.long(), values)
+
+
+def sparsify(dense: Tensor) -> SparseProjection:
+    """The non-zeros of any A (r, n); rows with fewer than the fullest row are padded with explicit zeros."""
+    occupied = dense != 0
+    width = max(1, int(occupied.sum(dim=1).max()))
+    # A stable sort of "is zero" puts each row's non-zeros first, in column order, and pads with zero entries.
+    columns = torch.sort((~occupied).to(torch.uint8), dim=1, stable=True).indices[:, :width]
+    columns = columns.sort(dim=1).values
+    return SparseProjection(dense.float().gather(1, columns), columns.to(torch.int32))
+
+
+def fingerprint(projection: SparseProjection, in_features: int) -> bytes:
+    """sha256 (32 bytes) over r, n and the row-major non-zeros (column int32, value float32; little-endian)."""
+    values, columns = projection
+    digest = hashlib.sha256(f"{values.shape[0]}x{in_features}:{values.shape[1]};".encode())
+    digest.update(columns.to("cpu", torch.int32).contiguous().numpy().tobytes())
+    digest.update(values.to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.digest()
+
+
+# --- routing -------------------------------------------------------------------------------------------------
+
+
+def project(x: Tensor, projection: Tensor) -> Tensor:
+    """y = x A^T (Eq. 7), in float32 or wider and outside autocast, so that every dtype routes alike.
+
+    Args:
+        x: (N, n). projection: A, (r, n), on the bfloat16 grid.
+
+    Returns:
+        (N, r), float32, or float64 for a float64 input.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        return x.to(dtype) @ projection.to(dtype).t()
+
+
+def _hash_noise(y: Tensor, seed: int) -> Tensor:
+    """A pseudo-random number in [0, 1) for each entry of y (N, r), a pure function of the token's y and the seed.
+
+    Being a function of the token it is the same again when a checkpointed layer is recomputed, and moves no state.
+    """
+    bits = y.detach().float().contiguous().view(torch.int32).to(torch.int64)
+    rank = torch.arange(y.shape[1], device=y.device, dtype=torch.int64)
+    token = (bits * (2 * rank + 1) * 0x9E3779B1).sum(dim=1, keepdim=True)
+    mixed = (token + (rank + 1) * 0x85EBCA6B + seed) & 0xFFFFFFFF
+    for multiplier in (0x7FEB352D, 0x846CA68B):
+        mixed = ((mixed ^ (mixed >> 16)) * multiplier) & 0xFFFFFFFF
+    return ((mixed ^ (mixed >> 16)) & 0xFFFFFF).to(torch.float32) / float(1 << 24)
+
+
+def scores(y: Tensor, routing_bias: Tensor, selection: Selection, noise_seed: int = 0) -> Tensor:
+    """The scores whose k largest are selected.
+
+    ============================ =============================================================================
+    ``magnitude`` (default)       abs(y) + d: Eq. 8 picks by magnitude; outside the absolute value d balances
+    ``signed``                    y + d: Eq. 10 to the letter
+    ``biased_magnitude``          abs(y + d): for reproduction only, a large negative d raises the score
+    ``random``                    seeded pseudo-random numbers (Table 14); d is ignored
+    ============================ =============================================================================
+
+    Args:
+        y: (N, r). routing_bias: d, (r,), in the units of y.
+
+    Returns:
+        (N, r), in the dtype of y.
+    """
+    if selection == "magnitude":
+        return y.abs() + routing_bias.to(y.dtype)
+    if selection == "signed":
+        return y + routing_bias.to(y.dtype)
+    if selection == "biased_magnitude":
+        return (y + routing_bias.to(y.dtype)).abs()
+    if selection == "random":
+        return _hash_noise(y, noise_seed)
+    raise ValueError(f"selection '{selection}' has no scores")
+
+
+def select(y: Tensor, routing_bias: Tensor, blocks: tuple[Block, ...]) -> Tensor:
+    """I, the selected ranks of each token: in every block the k largest scores (Eq. 8, 10).
+
+    Args:
+        y: (N, sum of r). routing_bias: (sum of r,). blocks: how r is divided and how each part is routed.
+
+    Returns:
+        (N, sum of k) int64 indices into the rank axis; unordered within a block.
+    """
+    first = blocks[0]
+    if len(blocks) > 1 and all(block == first for block in blocks) and not first.is_linear:
+        shape = (y.shape[0], len(blocks), first.r)
+        score = scores(y, routing_bias, first.selection, first.noise_seed).view(shape)
+        chosen = score.topk(first.k, dim=-1, sorted=False).indices
+        offsets = torch.arange(len(blocks), device=y.device).mul(first.r).view(1, -1, 1)
+        return (chosen + offsets).flatten(1)
+    parts, start = [], 0
+    for block in blocks:
+        stop = start + block.r
+        if block.is_linear:
+            part = torch.arange(start, stop, device=y.device).expand(y.shape[0], block.r)
+        else:
+            score = scores(y[:, start:stop], routing_bias[start:stop], block.selection, block.noise_seed)
+            part = score.topk(block.k, dim=1, sorted=False).indices
+            part = part + start if start else part
+        parts.append(part)
+        start = stop
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def routed_codes(y: Tensor, indices: Tensor) -> Tensor:
+    """z (N, r): y at the selected ranks and 0 elsewhere."""
+    return torch.zeros_like(y).scatter_(1, indices, y.gather(1, indices))
+
+
+def _index_dtype(r: int) -> torch.dtype:
+    """The smallest integer type that holds a rank's index: what backward keeps is k of these a token."""
+    return torch.uint8 if r <= 256 else torch.int16 if r <= 32768 else torch.int32
+
+
+class _RoutedLinear(torch.autograd.Function):
+    """out = base + s z B^T with the exact gradient to x and B; keeps k codes and k small indices a token, never x.
+
+    ``base`` is either given (``base_out``, any kind of layer) or the frozen product x W^T + bias computed here, in which
+    case the routed update is added in place and backward forms both input gradients in one buffer: no temporary of the
+    output's or input's size. Expert loads are counted in backward, so that a recomputed forward counts once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base_out: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        projection: Tensor,
+        up: Tensor,
+        routing_bias: Tensor,
+        load: Tensor | None,
+        token_mask: Tensor | None,
+        blocks: tuple[Block, ...],
+        scaling: float,
+    ) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        y = project(tokens, projection)
+        linear = all(block.is_linear for block in blocks)
+        if linear:
+            indices, kept, z = None, y, y
+        else:
+            chosen = select(y, routing_bias, blocks)
+            kept = y.gather(1, chosen)
+            z = torch.zeros_like(y).scatter_(1, chosen, kept)
+            indices = chosen.to(_index_dtype(y.shape[1]))
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            if base_out is None:
+                assert weight is not None
+                out = F.linear(tokens, weight, bias)
+                scaled = (up * scaling).to(out.dtype)
+                out.addmm_(z.to(out.dtype), scaled.t())
+            else:
+                base = base_out.reshape(-1, base_out.shape[-1])
+                scaled = (up * scaling).to(base.dtype)
+                out = torch.addmm(base, z.to(base.dtype), scaled.t())
+        ctx.save_for_backward(indices, kept, projection, up, weight, token_mask, load)
+        ctx.scaling = scaling
+        ctx.in_shape, ctx.in_dtype = x.shape, x.dtype
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        indices, kept, projection, up, weight, token_mask, load = ctx.saved_tensors
+        grad = grad_out.reshape(-1, grad_out.shape[-1])
+        need_x, need_up = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
+        chosen = None if indices is None else indices.long()
+        shape = (grad.shape[0], projection.shape[0])
+        grad_x = grad_up = None
+        with torch.autocast(device_type=grad.device.type, enabled=False):
+            if need_x:
+                grad_z = grad @ (up * ctx.scaling).to(grad.dtype)
+                if chosen is not None:
+                    grad_z = torch.zeros_like(grad_z).scatter_(1, chosen, grad_z.gather(1, chosen))
+                down = projection.to(grad.dtype)
+                if weight is None:
+                    grad_x = grad_z @ down
+                else:
+                    grad_x = (grad @ weight.to(grad.dtype)).addmm_(grad_z, down)
+                grad_x = grad_x.to(ctx.in_dtype).view(ctx.in_shape)
+            if need_up:
+                z = kept.to(grad.dtype)
+                if chosen is not None:
+                    z = torch.zeros(shape, dtype=grad.dtype, device=grad.device).scatter_(1, chosen, z)
+                grad_up = (grad.t() @ z).to(up.dtype).mul_(ctx.scaling)
+            if load is not None and chosen is not None:
+                add_expert_load(load, chosen, token_mask)
+        grad_base = grad_out if ctx.needs_input_grad[1] else None
+        return grad_x, grad_base, None, None, None, grad_up, None, None, None, None, None
+
+
+def routed_update(
+    base_out: Tensor,
+    x: Tensor,
+    projection: Tensor,
+    up: Tensor,
+    routing_bias: Tensor,
+    blocks: tuple[Block, ...],
+    scaling: float,
+    load: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """out = base_out + s * sum_{i in I} b_i y_i for every token (Eq. 7, 8, 10, 11).
+
+    Args:
+        base_out: (..., m), what the frozen layer gave. x: (..., n), its input.
+        projection: A, (r, n). up: B, (m, r). routing_bias: d, (r,).
+        blocks: how the rank axis is divided and routed. scaling: s = alpha / r.
+        load: (r,) int64; backward adds to it how many tokens chose each rank. None: nothing is counted.
+        token_mask: (N,) bool; tokens that are False (padding) are not counted.
+
+    Returns:
+        (..., m), in the dtype of ``base_out``. Gradients: to base_out, x and B, all exact.
+    """
+    return _RoutedLinear.apply(
+        x, base_out, None, None, projection, up, routing_bias, load, token_mask, blocks, scaling
+    )
+
+
+def routed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    projection: Tensor,
+    up: Tensor,
+    routing_bias: Tensor,
+    blocks: tuple[Block, ...],
+    scaling: float,
+    load: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """The frozen product and its routed update in one pass: x W^T + bias + s z B^T; see [`routed_update`].
+
+    ``weight`` (m, n) and ``bias`` (m,) receive no gradient, whatever their ``requires_grad``.
+    """
+    return _RoutedLinear.apply(
+        x, None, weight, bias, projection, up, routing_bias, load, token_mask, blocks, scaling
+    )
+
+
+# --- load balancing ------------------------------------------------------------------------------------------
+
+
+def add_expert_load(load: Tensor, indices: Tensor, token_mask: Tensor | None = None) -> None:
+    """c_i += how many tokens chose rank i, in place.
+
+    Args:
+        load: c, (r,) int64. indices: (N, k) int64. token_mask: (N,) bool, False where a token must not count.
+    """
+    if token_mask is None:
+        weights = torch.ones_like(indices)
+    else:
+        weights = token_mask.to(torch.int64).unsqueeze(1).expand_as(indices)
+    load.scatter_add_(0, indices.reshape(-1), weights.reshape(-1))
+
+
+def balance_steps(load: Tensor, block_ranks: tuple[int, ...]) -> Tensor:
+    """sign(mean(c) - c_i), the change of the routing bias in steps of u (Eq. 9), block by block.
+
+    Args:
+        load: c, (r,) int64, the tokens that chose each rank since the last step. block_ranks: r of each block.
+
+    Returns:
+        (r,) int32 of -1, 0, 1; all 0 for a block that saw no token.
+    """
+    # sign(sum(c) - r c_i) is the same sign without leaving the integers.
+    parts = [torch.sign(part.sum() - part * part.numel()) for part in load.split(list(block_ranks))]
+    return torch.cat(parts).to(torch.int32)

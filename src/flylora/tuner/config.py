@@ -1,0 +1,260 @@
+"""The configuration of a FlyLoRA adapter, a PEFT config like any other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Optional, Union, get_args
+
+from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
+
+from ..errors import UserError
+from ..functional import ProjectionInit, Selection, nonzeros_per_row
+from .registration import FLYLORA
+
+Balance = Literal["loss_free", "none"]
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """One projection with its own routing: a single-task adapter has one, a merged adapter one for each input.
+
+    Fields mean what they mean in [`FlyLoraConfig`].
+    """
+
+    r: int
+    k: int
+    projection_seed: int
+    density: float
+    projection_init: ProjectionInit = "gaussian"
+    selection: Selection = "magnitude"
+    balance_rate: float = 1e-3
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+
+    def at(self, module_name: str) -> BlockConfig:
+        """This block as it is in the named module, with ``rank_pattern`` applied."""
+        r = pattern_value(self.rank_pattern, module_name, self.r)
+        return self if r == self.r else BlockConfig(**{**asdict(self), "r": r})
+
+    def nonzeros(self, in_features: int) -> int:
+        """p, the non-zeros in each row of A."""
+        return nonzeros_per_row(in_features, self.density)
+
+
+def pattern_value(pattern: dict[str, Any], module_name: str, default: Any) -> Any:
+    """The entry of a PEFT rank/alpha pattern that matches the module, or the default."""
+    return pattern.get(get_pattern_key(pattern.keys(), module_name), default) if pattern else default
+
+
+@dataclass
+class FlyLoraConfig(PeftConfig):
+    r"""Configuration of FlyLoRA (Zou et al., NeurIPS 2025, arXiv 2510.08396v2).
+
+    In every adapted layer ``out = W x + (alpha / r) * sum over i in I of b_i y_i`` with ``y = A x`` and I the ``k`` largest
+    of the ``r`` scores (Eq. 7, 8, 10, 11). A is frozen, sparse and regenerated from a seed; only B trains.
+
+    Args:
+        r: total rank, rows of A and columns of B.
+        k: active rank, how many ranks act on a token. ``k = r`` is frozen-A LoRA and can be merged into the weights.
+        alpha: scaling numerator; the update is multiplied by alpha / r. None: 2 r.
+        dropout: probability of dropping an entry of the adapter's input while training.
+        density: share of non-zeros in each row of A. None: k / r.
+        projection_seed: what A is generated from, together with each module's name. Adapters with the same seed share A.
+        projection_init: distribution of A's non-zeros: ``gaussian`` N(0, 1/r^2) or ``rademacher`` +-1/r (Table 15).
+        selection: how ranks are picked: ``magnitude`` abs(y) + d, ``signed`` y + d (Eq. 10 to the letter),
+            ``biased_magnitude`` abs(y + d) (balances badly, for reproduction only), ``random`` or ``all`` (Table 14).
+        balance: ``loss_free`` moves the routing bias once per optimizer step (Eq. 9); ``none`` leaves it at 0 (Table 13).
+        balance_rate: u, the step of the routing bias, in the units of the scores.
+        save_projection: also store A (sparse) in the adapter file, for archives.
+        target_modules: names, a regular expression or "all-linear", as in any PEFT config. None: PEFT's defaults for the
+            architecture.
+        exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in any PEFT config.
+        rank_pattern: other values of r for modules whose name matches a key.
+        bias: only "none": FlyLoRA trains no biases.
+        blocks: the projections of a merged adapter, written by ``flylora merge``; None for one's own training.
+        format_version: of the saved adapter.
+
+    Raises:
+        flylora.UserError: (a ValueError) when a field, or fields together, cannot be meant.
+    """
+
+    r: int = field(default=32, metadata={"help": "Total rank: rows of A and columns of B."})
+    k: int = field(default=8, metadata={"help": "Active rank: how many of the r ranks act on a token."})
+    alpha: Optional[float] = field(
+        default=None, metadata={"help": "Scaling numerator: the update is multiplied by alpha / r. None: 2 r."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the adapter's input."})
+    density: Optional[float] = field(
+        default=None, metadata={"help": "Share of non-zeros in each row of A, in (0, 1]. None: k / r."}
+    )
+    projection_seed: int = field(default=0, metadata={"help": "Seed from which every layer's A is generated."})
+    projection_init: ProjectionInit = field(
+        default="gaussian", metadata={"help": "Distribution of A's non-zeros: gaussian or rademacher."}
+    )
+    selection: Selection = field(
+        default="magnitude",
+        metadata={"help": "How ranks are picked: magnitude, signed, biased_magnitude, random or all."},
+    )
+    balance: Balance = field(
+        default="loss_free", metadata={"help": "Load balancing: loss_free (Eq. 9) or none."}
+    )
+    balance_rate: float = field(default=1e-3, metadata={"help": "u, the step of the routing bias."})
+    save_projection: bool = field(default=False, metadata={"help": "Also store A in the adapter file."})
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={"help": "Names, a regular expression or 'all-linear'. None: PEFT's defaults."},
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Names or a regular expression of modules to leave alone."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "Indices of the layers to adapt. None: all."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={"help": "Name of the layer list, where it is not among the common ones."},
+    )
+    rank_pattern: Optional[dict[str, int]] = field(
+        default_factory=dict,
+        metadata={"help": "Other values of r for modules whose name matches a key."},
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None,
+        metadata={"help": "Modules besides the adapter to train and save, e.g. a classifier."},
+    )
+    bias: Literal["none"] = field(default="none", metadata={"help": "Only 'none': no biases are trained."})
+    blocks: Optional[list[dict[str, Any]]] = field(
+        default=None, metadata={"help": "Projections of a merged adapter; written by merging."}
+    )
+    format_version: int = field(
+        default=FORMAT_VERSION, metadata={"help": "Version of the saved adapter's format."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = FLYLORA
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if self.rank_pattern is None:
+            self.rank_pattern = {}
+        if self.format_version > FORMAT_VERSION:
+            raise UserError(
+                f"This adapter has format version {self.format_version}, but this flylora reads up to version "
+                f"{FORMAT_VERSION}: upgrade flylora to load it."
+            )
+        self._check_choices()
+        if self.blocks is not None:
+            self._check_blocks()
+        else:
+            self._check_numbers()
+        self._check_targets()
+
+    def _check_choices(self) -> None:
+        for name, kind in (
+            ("projection_init", ProjectionInit),
+            ("selection", Selection),
+            ("balance", Balance),
+            ("bias", Literal["none"]),
+        ):
+            value, allowed = getattr(self, name), get_args(kind)
+            if value not in allowed:
+                hint = " (aux_loss is not available yet)" if value == "aux_loss" else ""
+                raise UserError(f"{name} is {value!r}{hint}, but must be one of {', '.join(map(repr, allowed))}.")
+
+    def _check_numbers(self) -> None:
+        for name in ("r", "k"):
+            _check_positive_int(name, getattr(self, name))
+        if self.k > self.r:
+            raise UserError(f"k is {self.k} but r is {self.r}: k counts active ranks, so choose k <= r.")
+        assert self.rank_pattern is not None
+        for pattern, r in self.rank_pattern.items():
+            _check_positive_int(f"rank_pattern[{pattern!r}]", r)
+            if self.k > r:
+                raise UserError(
+                    f"rank_pattern sets r to {r} for {pattern!r}, below k = {self.k}: give it at least k, or lower k."
+                )
+        if self.density is not None and not 0 < self.density <= 1:
+            raise UserError(
+                f"density is {self.density}, but the share of non-zeros in a row of A must lie in (0, 1]: "
+                "choose e.g. 0.25, or None for k / r."
+            )
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise UserError(f"alpha is {self.alpha}, but must be a finite number; None means 2 r.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}, but a probability in [0, 1) is needed.")
+        if not (math.isfinite(self.balance_rate) and self.balance_rate >= 0):
+            raise UserError(f"balance_rate is {self.balance_rate}, but must be a finite number >= 0.")
+        if isinstance(self.projection_seed, bool) or not isinstance(self.projection_seed, int):
+            raise UserError(f"projection_seed is {self.projection_seed!r}, but must be an integer.")
+
+    def _check_blocks(self) -> None:
+        assert self.blocks is not None
+        known = set(BlockConfig.__dataclass_fields__)
+        for block in self.blocks:
+            unknown, missing = set(block) - known, {"r", "k", "projection_seed", "density"} - set(block)
+            if unknown or missing:
+                raise UserError(
+                    f"A block of this adapter has the unknown fields {sorted(unknown)} or lacks {sorted(missing)}: "
+                    "blocks are written by merging and are not meant to be edited."
+                )
+            if block["k"] > block["r"]:
+                raise UserError(f"A block has k = {block['k']} above its r = {block['r']}: choose k <= r.")
+        if not self.blocks:
+            raise UserError("blocks is empty: give at least one block, or None for a single-task adapter.")
+        self.r = sum(int(block["r"]) for block in self.blocks)
+        self.k = sum(int(block["k"]) for block in self.blocks)
+
+    def _check_targets(self) -> None:
+        by_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        for name in ("layers_to_transform", "layers_pattern"):
+            if by_regex and getattr(self, name) is not None:
+                raise UserError(
+                    f"{name} cannot be combined with target_modules as a regular expression: put the layers into the "
+                    "expression, or name the modules in a list."
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise UserError("layers_pattern is given without layers_to_transform: say which layers to adapt.")
+
+    def block_configs(self) -> list[BlockConfig]:
+        """The adapter's blocks; one, made of the config's own fields, unless it comes from a merge."""
+        if self.blocks is not None:
+            return [BlockConfig(**block) for block in self.blocks]
+        density = self.k / self.r if self.density is None else self.density
+        return [
+            BlockConfig(
+                r=self.r,
+                k=self.k,
+                projection_seed=self.projection_seed,
+                density=density,
+                projection_init=self.projection_init,
+                selection=self.selection,
+                balance_rate=self.balance_rate,
+                rank_pattern=dict(self.rank_pattern or {}),
+            )
+        ]
+
+    def blocks_at(self, module_name: str) -> list[BlockConfig]:
+        """The blocks of the named module: ranks by ``rank_pattern``, density k / r of that rank unless given."""
+        blocks = []
+        for block in self.block_configs():
+            local = block.at(module_name)
+            if self.blocks is None and self.density is None and local.r != block.r:
+                local = BlockConfig(**{**asdict(local), "density": local.k / local.r})
+            blocks.append(local)
+        return blocks
+
+    def scaling_at(self, module_name: str) -> float:
+        """s = alpha / r of the named module; alpha None means 2 r, hence s = 2."""
+        if self.alpha is None:
+            return 2.0
+        return self.alpha / sum(block.r for block in self.blocks_at(module_name))
+
+
+def _check_positive_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{name} is {value!r}, but must be a whole number of at least 1.")

@@ -1,0 +1,524 @@
+"""FlyLoRA layers: they hold the tensors of their adapters and call the functions of `flylora.functional`."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from transformers.pytorch_utils import Conv1D
+
+from .. import balance, functional
+from ..errors import UserError
+from ..functional import Block, SparseProjection
+from .config import BlockConfig, FlyLoraConfig
+
+# Names that wrappers put into a module's path; A's seed must not depend on them.
+WRAPPER_NAMES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+WRAPPER_PREFIXES = ("base_model.model.", "module.")
+
+
+def canonical_name(module_name: str) -> str:
+    """The module's name without what torch.compile, FSDP, checkpointing, DDP and PEFT put around it."""
+    name = ".".join(part for part in module_name.split(".") if part not in WRAPPER_NAMES)
+    for prefix in WRAPPER_PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+@dataclass
+class ProjectionState:
+    """What one adapter's A in one layer is made of.
+
+    ``seeds`` holds each block's own seed; ``digests`` the blocks' fingerprints once A was generated. ``restored`` says
+    that A came from a file and is not to be regenerated. ``version`` is A's edit counter when it was made.
+    """
+
+    seeds: tuple[int, ...]
+    digests: tuple[bytes, ...] | None = None
+    restored: bool = False
+    version: int = 0
+
+
+class WatchedBufferDict(BufferDict):
+    """Persistent buffers that remember when a loader replaced them, so that what depends on them is made again."""
+
+    def __init__(self) -> None:
+        super().__init__(persistent=True)
+        self.changed: set[str] = set()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self.__dict__.get("_buffers", {}):
+            self.changed.add(name)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.changed.update(name for name in self._buffers if prefix + name in state_dict)
+
+
+class RoutingContext:
+    """What all layers of one model share during a forward pass: which tokens are padding."""
+
+    def __init__(self) -> None:
+        self.token_mask: Tensor | None = None
+
+    def mask_for(self, x: Tensor) -> Tensor | None:
+        """The mask of x's tokens, flattened to (N,), or None where it does not describe them."""
+        mask = self.token_mask
+        if mask is None or mask.shape != x.shape[:-1]:
+            return None
+        return mask.reshape(-1)
+
+
+class FlyLoraLinear(nn.Module, BaseTunerLayer):
+    """FlyLoRA adapters on nn.Linear, on a quantized linear layer, or on transformers' Conv1D.
+
+    In each dictionary the key is the adapter's name.
+
+    Attributes:
+        flylora_B: B, (m, r), the only trainable tensors.
+        flylora_A: A, (r, n) float32, outside the module's state: it is regenerated, never stored or broadcast.
+        flylora_d: the routing bias as an int32 count of steps, (r,); d = balance_rate x count. Integers survive every
+            cast of the model.
+        flylora_seed, flylora_fingerprint: what identifies A, (T,) int64 and (T, 32) uint8, for the adapter file.
+        expert_load: tokens that chose each rank since the last optimizer step, (r,) int64; a plain attribute, because
+            DDP overwrites buffers.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("flylora_B",)
+    other_param_names: tuple[str, ...] = (
+        "flylora_A",
+        "flylora_d",
+        "flylora_seed",
+        "flylora_fingerprint",
+        "flylora_dropout",
+        "expert_load",
+        "routing",
+        "block_configs",
+        "projection_state",
+        "scaling",
+        "base_scaling",
+        "save_projection",
+    )
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: FlyLoraConfig,
+        module_name: str,
+        context: RoutingContext,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.module_name = canonical_name(module_name)
+        self.context = context
+        self.flylora_B = nn.ParameterDict({})
+        self.flylora_A: dict[str, Tensor] = {}
+        self.flylora_d = BufferDict(persistent=True)
+        self.flylora_seed = WatchedBufferDict()
+        self.flylora_fingerprint = WatchedBufferDict()
+        self.flylora_dropout = nn.ModuleDict({})
+        self.expert_load: dict[str, Tensor] = {}
+        self.routing: dict[str, tuple[Block, ...]] = {}
+        self.block_configs: dict[str, tuple[BlockConfig, ...]] = {}
+        self.projection_state: dict[str, ProjectionState] = {}
+        self.scaling: dict[str, float] = {}
+        self.base_scaling: dict[str, float] = {}
+        self.save_projection: dict[str, bool] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self.kwargs = kwargs
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        if in_features is None or out_features is None:
+            raise TypeError(f"Unsupported layer type {type(self.get_base_layer())}")
+        self.in_features, self.out_features = in_features, out_features
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
+        self.register_load_state_dict_post_hook(_after_load)
+
+    # --- adapters ---------------------------------------------------------------------------------------------
+
+    def update_layer(
+        self, adapter_name: str, config: FlyLoraConfig, inference_mode: bool = False, **kwargs: Any
+    ) -> None:
+        """Add an adapter: B = 0, d = 0, A from (projection_seed, this module's name)."""
+        blocks = tuple(config.blocks_at(self.module_name))
+        ranks = sum(block.r for block in blocks)
+        seeds = tuple(functional.derive_seed(block.projection_seed, self.module_name) for block in blocks)
+        self.block_configs[adapter_name] = blocks
+        self.routing[adapter_name] = tuple(
+            Block(block.r, block.k, block.selection, seed % (1 << 32))
+            for block, seed in zip(blocks, seeds, strict=True)
+        )
+        self.scaling[adapter_name] = self.base_scaling[adapter_name] = config.scaling_at(self.module_name)
+        self.save_projection[adapter_name] = config.save_projection
+        self.flylora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.flylora_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, ranks))
+        self.flylora_d[adapter_name] = torch.zeros(ranks, dtype=torch.int32)
+        self.flylora_seed[adapter_name] = torch.zeros(len(blocks), dtype=torch.int64)
+        self.flylora_fingerprint[adapter_name] = torch.zeros(len(blocks), 32, dtype=torch.uint8)
+        if config.balance == "loss_free" and any(not block.is_linear for block in self.routing[adapter_name]):
+            # Made on the CPU even under a meta-device context: a count has no other place to come from.
+            self.expert_load[adapter_name] = torch.zeros(ranks, dtype=torch.int64, device="cpu")
+        self.projection_state[adapter_name] = ProjectionState(seeds)
+        self.flylora_A.pop(adapter_name, None)
+        self.flylora_seed.changed.discard(adapter_name)
+        self.flylora_fingerprint.changed.discard(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        if self.flylora_B[adapter_name].device.type != "meta":
+            self.projection(adapter_name)
+        balance.track(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        balance.track(self)
+
+    # --- the projection A ---------------------------------------------------------------------------------------
+
+    def projection(self, adapter_name: str, device: torch.device | None = None) -> Tensor:
+        """A, (r, n) float32, generated on the first demand and moved to the device it is asked for."""
+        if adapter_name in self.flylora_seed.changed or adapter_name in self.flylora_fingerprint.changed:
+            self._adopt_loaded_identity(adapter_name)
+        dense = self.flylora_A.get(adapter_name)
+        if dense is None:
+            dense = self._generate(adapter_name)
+        if device is not None and dense.device != device and device.type != "meta":
+            version = dense._version
+            unchanged = version == self.projection_state[adapter_name].version
+            dense = self.flylora_A[adapter_name] = dense.to(device)
+            self.projection_state[adapter_name].version = dense._version if unchanged else -1
+        return dense
+
+    def _generate(self, adapter_name: str) -> Tensor:
+        state = self.projection_state[adapter_name]
+        parts = [
+            generate_block(seed, block, self.in_features)
+            for seed, block in zip(state.seeds, self.block_configs[adapter_name], strict=True)
+        ]
+        digests = tuple(functional.fingerprint(part, self.in_features) for part in parts)
+        if state.digests is not None and digests != state.digests:
+            raise UserError(_MISMATCH.format(name=self.module_name))
+        self._keep(adapter_name, state.seeds, digests, parts, restored=False)
+        return self.flylora_A[adapter_name]
+
+    def _keep(
+        self,
+        adapter_name: str,
+        seeds: tuple[int, ...],
+        digests: tuple[bytes, ...],
+        parts: list[SparseProjection],
+        restored: bool,
+    ) -> None:
+        dense = torch.cat([functional.densify(part, self.in_features) for part in parts])
+        self.flylora_A[adapter_name] = dense
+        self.projection_state[adapter_name] = ProjectionState(seeds, digests, restored, dense._version)
+        self._write_identity(adapter_name)
+
+    def _write_identity(self, adapter_name: str) -> None:
+        """Put what identifies A into the buffers that are saved."""
+        state = self.projection_state[adapter_name]
+        assert state.digests is not None
+        if self.flylora_seed[adapter_name].device.type == "meta":
+            return
+        seeds, digests = identity_tensors(state)
+        with torch.no_grad():
+            self.flylora_seed[adapter_name].copy_(seeds)
+            self.flylora_fingerprint[adapter_name].copy_(digests)
+
+    def _adopt_loaded_identity(self, adapter_name: str) -> None:
+        """After a loader replaced seed or fingerprint: make the A they stand for, and check that it is the one."""
+        self.flylora_seed.changed.discard(adapter_name)
+        self.flylora_fingerprint.changed.discard(adapter_name)
+        seed, digest = self.flylora_seed[adapter_name], self.flylora_fingerprint[adapter_name]
+        if seed.device.type == "meta" or digest.device.type == "meta":
+            return
+        digests = tuple(bytes(row.tolist()) for row in digest.cpu())
+        if not any(map(any, digests)):
+            return  # saved before any A was generated: nothing to check against
+        seeds = tuple(seed.tolist())
+        state = self.projection_state[adapter_name]
+        if (state.seeds, state.digests) == (seeds, digests) and adapter_name in self.flylora_A:
+            return
+        self.flylora_A.pop(adapter_name, None)
+        self.projection_state[adapter_name] = ProjectionState(seeds, digests)
+        self._generate(adapter_name)
+
+    def load_projection(
+        self,
+        adapter_name: str,
+        seeds: tuple[int, ...],
+        digests: tuple[bytes, ...],
+        stored: SparseProjection | None,
+    ) -> None:
+        """Take A from a file: its stored non-zeros, or what the seeds give; refused where the fingerprint differs.
+
+        Raises:
+            flylora.UserError: naming the module, when A is not what the fingerprint says.
+        """
+        state = self.projection_state[adapter_name]
+        current = self.flylora_A.get(adapter_name)
+        if stored is None:
+            if current is not None and (state.seeds, state.digests) == (seeds, digests) and not state.restored:
+                return
+            parts = [
+                generate_block(seed, block, self.in_features)
+                for seed, block in zip(seeds, self.block_configs[adapter_name], strict=True)
+            ]
+            found = tuple(functional.fingerprint(part, self.in_features) for part in parts)
+        else:
+            if int(stored.columns.min()) < 0 or int(stored.columns.max()) >= self.in_features:
+                raise UserError(
+                    f"The stored projection of {self.module_name} names columns outside its {self.in_features} inputs: "
+                    "the adapter file is damaged or belongs to another base model."
+                )
+            ranks = [block.r for block in self.block_configs[adapter_name]]
+            parts = [
+                SparseProjection(values, columns)
+                for values, columns in zip(stored.values.split(ranks), stored.columns.split(ranks), strict=True)
+            ]
+            found = self._stored_digests(parts)
+        if found != digests:
+            raise UserError(_MISMATCH.format(name=self.module_name))
+        self._keep(adapter_name, seeds, digests, parts, restored=stored is not None)
+
+    def _stored_digests(self, parts: list[SparseProjection]) -> tuple[bytes, ...]:
+        """Fingerprints of blocks that were stored at one common width, padded with zeros."""
+        dense = [functional.densify(part, self.in_features) for part in parts]
+        return tuple(functional.fingerprint(functional.sparsify(part), self.in_features) for part in dense)
+
+    def identity_for_saving(self, adapter_name: str) -> tuple[ProjectionState, SparseProjection | None]:
+        """What the adapter file says of A: seeds and fingerprints, and A's non-zeros with ``save_projection``.
+
+        Raises:
+            flylora.UserError: when A was edited in memory and would be lost.
+        """
+        dense = self.projection(adapter_name)
+        state = self.projection_state[adapter_name]
+        edited = dense._version != state.version
+        if not self.save_projection[adapter_name]:
+            if edited or state.restored:
+                raise UserError(
+                    f"The projection of {self.module_name} is not the one its seed gives, so the seed alone cannot "
+                    "restore it: set save_projection=True in the adapter's config before saving."
+                )
+            return state, None
+        ranks = [block.r for block in self.block_configs[adapter_name]]
+        digests = tuple(
+            functional.fingerprint(functional.sparsify(part), self.in_features)
+            for part in dense.cpu().split(ranks)
+        )
+        return ProjectionState(state.seeds, digests), functional.sparsify(dense.cpu())
+
+    # --- forward ------------------------------------------------------------------------------------------------
+
+    def routing_bias(self, adapter_name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """d = u x count, (r,), in the units of the scores."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        steps = self.flylora_d[adapter_name].to(dtype)
+        rates = [block.balance_rate for block in self.block_configs[adapter_name]]
+        if len(set(rates)) == 1:
+            return steps * rates[0]
+        ranks = [block.r for block in self.block_configs[adapter_name]]
+        return torch.cat([part * rate for part, rate in zip(steps.split(ranks), rates, strict=True)])
+
+    def _update_arguments(self, adapter_name: str, x: Tensor) -> dict[str, Any]:
+        """The arguments that `functional.routed_update` and `routed_linear` share."""
+        load = None
+        if self.training and adapter_name in self.expert_load:
+            load = self.expert_load[adapter_name]
+            if load.device != x.device:
+                load = self.expert_load[adapter_name] = load.to(x.device)
+        return {
+            "projection": self.projection(adapter_name, x.device),
+            "up": self.flylora_B[adapter_name],
+            "routing_bias": self.routing_bias(adapter_name, x.dtype),
+            "blocks": self.routing[adapter_name],
+            "scaling": self.scaling[adapter_name],
+            "load": load,
+            "token_mask": None if load is None else self.context.mask_for(x),
+        }
+
+    def _can_fuse(self, x: Tensor, args: Any, kwargs: Any) -> bool:
+        """Whether base product and update may be computed in one pass: a plain frozen layer that nobody watches."""
+        base = self.base_layer
+        if type(base) not in (nn.Linear, Conv1D) or args or kwargs or self.quantization_backend is not None:
+            return False
+        watched = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        if watched or "forward" in base.__dict__ or is_parametrized(base):
+            return False
+        if torch.is_autocast_enabled(x.device.type):
+            return False
+        bias_trains = base.bias is not None and base.bias.requires_grad
+        return base.weight.dtype == x.dtype and not base.weight.requires_grad and not bias_trains
+
+    def _forward_one(self, adapter_name: str, x: Tensor, base_out: Tensor | None) -> Tensor:
+        shared = self._update_arguments(adapter_name, x)
+        dropped = self.flylora_dropout[adapter_name](x)
+        if base_out is not None:
+            return functional.routed_update(base_out, dropped, **shared)
+        weight = self.base_layer.weight
+        if isinstance(self.base_layer, Conv1D):
+            weight = weight.t()
+        return functional.routed_linear(x, weight, self.base_layer.bias, **shared)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """out = W x + the active adapters' updates; x is (..., n), the result (..., m)."""
+        adapter_names: Optional[list[str]] = kwargs.pop("adapter_names", None)
+        if self.disable_adapters or self.merged:
+            if self.disable_adapters and self.merged:
+                self.unmerge()
+            elif adapter_names is not None:
+                raise ValueError("Cannot pass `adapter_names` when there are merged adapters: unmerge them first.")
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        active = [name for name in self.active_adapters if name in self.flylora_B]
+        if not active:
+            return self.base_layer(x, *args, **kwargs)
+        out = None
+        if not (self._can_fuse(x, args, kwargs) and isinstance(self.flylora_dropout[active[0]], nn.Identity)):
+            out = self._base_forward(x, *args, **kwargs)
+        for name in active:
+            out = self._forward_one(name, x, out)
+        assert out is not None
+        return out
+
+    def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = self.base_layer(x, *args, **kwargs)
+        return out if self.quantization_backend is None else self.quantization_backend.maybe_clone_base_result(out)
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        """Each sample of the batch through the adapter named for it; "__base__" means none."""
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"adapter_names has {len(adapter_names)} entries for a batch of {len(x)}: give one name a sample."
+            )
+        base_out = self._base_forward(x, *args, **kwargs)
+        out = base_out.clone()
+        for name in dict.fromkeys(adapter_names):
+            if name not in self.flylora_B:
+                continue
+            rows = [i for i, wanted in enumerate(adapter_names) if wanted == name]
+            out[rows] = self._forward_one(name, x[rows], base_out[rows])
+        return out
+
+    # --- merging into the weights, exact for linear adapters only --------------------------------------------------
+
+    def is_linear(self, adapter_name: str) -> bool:
+        """Whether the adapter is B A here (k = r), so that it can be added to the weights exactly."""
+        return all(block.is_linear for block in self.routing[adapter_name])
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Only a linear adapter (k = r) is a LoRA."""
+        return adapter_name not in self.routing or self.is_linear(adapter_name)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """s B A in the shape of the base layer's weight, (m, n) or, for Conv1D, (n, m); exact for k = r only.
+
+        Raises:
+            flylora.UserError: for a routed adapter.
+        """
+        if not self.is_linear(adapter_name):
+            raise UserError(ROUTED_MERGE.format(name=adapter_name))
+        up = self.flylora_B[adapter_name]
+        dtype = torch.promote_types(up.dtype, torch.float32)
+        delta = (up.to(dtype) * self.scaling[adapter_name]) @ self.projection(adapter_name, up.device).to(dtype)
+        return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        """Add linear adapters to the base weight; ``safe_merge`` checks the result for NaN and infinity first."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.flylora_B]
+        deltas = {name: self.get_delta_weight(name) for name in names}
+        for name, delta in deltas.items():
+            merged = self._shifted_weight(delta)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"NaNs detected in the merged weights: the adapter {name} seems to be broken.")
+            self.set_base_weight(merged)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtract the merged adapters from the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.flylora_B:
+                self.set_base_weight(self._shifted_weight(-self.get_delta_weight(name)))
+
+    def _shifted_weight(self, delta: Tensor) -> Tensor:
+        weight = self.get_base_weight()
+        return (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
+
+    # --- scaling, as PEFT's helpers set it ---------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Scale the adapter's update by ``scale`` times its own alpha / r."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.base_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: Optional[float] = None) -> None:
+        """Undo [`scale_layer`]: divide by ``scale``, or return to alpha / r for None."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self.base_scaling[name] if scale is None else self.scaling[name] / scale
+
+    def __repr__(self) -> str:
+        return "flylora." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+def _after_load(layer: FlyLoraLinear, incompatible_keys: Any) -> None:
+    """Make A again as soon as a plain load_state_dict changed what it is made from."""
+    for name in sorted(layer.flylora_seed.changed | layer.flylora_fingerprint.changed):
+        layer._adopt_loaded_identity(name)
+
+
+def generate_block(seed: int, block: BlockConfig, in_features: int) -> SparseProjection:
+    """One block's A from the layer's own seed."""
+    return functional.sparse_projection(
+        seed, block.r, in_features, block.nonzeros(in_features), block.projection_init
+    )
+
+
+def identity_tensors(state: ProjectionState) -> tuple[Tensor, Tensor]:
+    """Seeds (T,) int64 and fingerprints (T, 32) uint8, as the adapter file holds them."""
+    assert state.digests is not None
+    seeds = torch.tensor(state.seeds, dtype=torch.int64, device="cpu")
+    digests = torch.tensor([list(digest) for digest in state.digests], dtype=torch.uint8, device="cpu")
+    return seeds, digests
+
+
+_MISMATCH = (
+    "The projection of {name} is not the one that this adapter was trained with: seed and fingerprint in the adapter file "
+    "disagree, so the file was altered or its config's r, density or projection_init was; get the original file, or one "
+    "saved with save_projection=True."
+)
+
+ROUTED_MERGE = (
+    "The adapter '{name}' routes (k < r), so it is not linear in its input and cannot be added to the weights exactly: "
+    "combine adapters with `flylora merge`, approximate it by a plain LoRA or full weights with `flylora export`, or "
+    "train with k = r."
+)
