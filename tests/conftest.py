@@ -1,0 +1,130 @@
+"""Fixtures that every test may use: models of a few thousand parameters, made here, without a network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported, so it stands before all else
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or fills the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices are slower on several threads, and several test processes share the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is a token, after four special ones; text survives a round trip exactly."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*specials, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        unk_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """A random Llama of hidden size 32 and two layers, on the vocabulary of ``make_tokenizer``.
+
+    Args:
+        seed: Of the weights.
+        changes: Fields of ``LlamaConfig`` to set otherwise.
+    """
+    settings: dict[str, Any] = {
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.1,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def tiny_model() -> LlamaForCausalLM:
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def save_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Saves a tiny model and its tokenizer, with the arguments of ``make_model``, and returns the folder."""
+
+    def save(seed: int = 0, **changes: Any) -> Path:
+        folder = tmp_path_factory.mktemp("model")
+        make_model(seed, **changes).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(save_model: Callable[..., Path]) -> Path:
+    """The folder of a tiny model and its tokenizer; read it, do not write into it."""
+    return save_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The YAML file of a task that generates one letter, with 24 items to train on, 8 to validate and 8 to test."""
+    folder = tmp_path_factory.mktemp("task")
+    letters = "abcdefgh"
+    for split, numbers in {"train": range(24), "validation": range(24, 32), "test": range(32, 40)}.items():
+        rows = (
+            f'{{"question": "{number}{"?" * (number % 5)}", "letter": "{letters[number % 8]}"}}\n' for number in numbers
+        )
+        (folder / f"{split}.jsonl").write_text("".join(rows), encoding="utf-8")
+    path = folder / "letters.yaml"
+    path.write_text(
+        "name: letters\nversion: '1'\n"
+        "data: {train: train.jsonl, validation: validation.jsonl, test: test.jsonl}\n"
+        "prompt: 'Item {question}. Letter:'\ncompletion: ' {letter}'\nanswer: '{letter}'\n"
+        "kind: generate\nextractor: text\nmetric: exact_match\nmax_length: 64\nmax_new_tokens: 4\n",
+        encoding="utf-8",
+    )
+    return path
