@@ -29,7 +29,15 @@ _LAZY = {
     "balance_model": ".balance",
 }
 
-__all__ = ["UserError", "__version__", *_LAZY]
+__all__ = [
+    "BalanceCallback",
+    "FlyLoraConfig",
+    "FlyLoraLinear",
+    "FlyLoraModel",
+    "UserError",
+    "__version__",
+    "balance_model",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -36,12 +36,7 @@ def track(layer: FlyLoraLinear) -> None:
 
 def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    pairs = [
-        (layer, adapter)
-        for layer in _layers
-        for adapter, up in layer.flylora_B.items()
-        if id(up) in held
-    ]
+    pairs = [(layer, adapter) for layer in _layers for adapter, up in layer.flylora_B.items() if id(up) in held]
     _step(pairs)
 
 

@@ -235,11 +235,11 @@ def _index_dtype(r: int) -> torch.dtype:
 
 
 class _RoutedLinear(torch.autograd.Function):
-    """out = base + s z B^T with the exact gradient to x and B; keeps k codes and k small indices a token, never x.
+    """out = base + s z B^T, its exact gradient to x and B; keeps k codes and k small indices a token, never x.
 
-    ``base`` is either given (``base_out``, any kind of layer) or the frozen product x W^T + bias computed here, in which
-    case the routed update is added in place and backward forms both input gradients in one buffer: no temporary of the
-    output's or input's size. Expert loads are counted in backward, so that a recomputed forward counts once.
+    ``base`` is either given (``base_out``, any kind of layer) or the frozen product x W^T + bias computed here, in
+    which case the routed update is added in place and backward forms both input gradients in one buffer: no temporary
+    of the output's or input's size. Expert loads are counted in backward, so that a recomputed forward counts once.
     """
 
     @staticmethod
@@ -297,10 +297,7 @@ class _RoutedLinear(torch.autograd.Function):
                 if chosen is not None:
                     grad_z = torch.zeros_like(grad_z).scatter_(1, chosen, grad_z.gather(1, chosen))
                 down = projection.to(grad.dtype)
-                if weight is None:
-                    grad_x = grad_z @ down
-                else:
-                    grad_x = (grad @ weight.to(grad.dtype)).addmm_(grad_z, down)
+                grad_x = grad_z @ down if weight is None else (grad @ weight.to(grad.dtype)).addmm_(grad_z, down)
                 grad_x = grad_x.to(ctx.in_dtype).view(ctx.in_shape)
             if need_up:
                 z = kept.to(grad.dtype)
@@ -336,9 +333,7 @@ def routed_update(
     Returns:
         (..., m), in the dtype of ``base_out``. Gradients: to base_out, x and B, all exact.
     """
-    return _RoutedLinear.apply(
-        x, base_out, None, None, projection, up, routing_bias, load, token_mask, blocks, scaling
-    )
+    return _RoutedLinear.apply(x, base_out, None, None, projection, up, routing_bias, load, token_mask, blocks, scaling)
 
 
 def routed_linear(
@@ -357,9 +352,7 @@ def routed_linear(
 
     ``weight`` (m, n) and ``bias`` (m,) receive no gradient, whatever their ``requires_grad``.
     """
-    return _RoutedLinear.apply(
-        x, None, weight, bias, projection, up, routing_bias, load, token_mask, blocks, scaling
-    )
+    return _RoutedLinear.apply(x, None, weight, bias, projection, up, routing_bias, load, token_mask, blocks, scaling)
 
 
 # --- load balancing ------------------------------------------------------------------------------------------

@@ -46,15 +46,15 @@ class BlockConfig:
 
 def pattern_value(pattern: dict[str, Any], module_name: str, default: Any) -> Any:
     """The entry of a PEFT rank/alpha pattern that matches the module, or the default."""
-    return pattern.get(get_pattern_key(pattern.keys(), module_name), default) if pattern else default
+    return pattern.get(get_pattern_key(list(pattern), module_name), default) if pattern else default
 
 
 @dataclass
 class FlyLoraConfig(PeftConfig):
     r"""Configuration of FlyLoRA (Zou et al., NeurIPS 2025, arXiv 2510.08396v2).
 
-    In every adapted layer ``out = W x + (alpha / r) * sum over i in I of b_i y_i`` with ``y = A x`` and I the ``k`` largest
-    of the ``r`` scores (Eq. 7, 8, 10, 11). A is frozen, sparse and regenerated from a seed; only B trains.
+    In every adapted layer ``out = W x + (alpha / r) * sum over i in I of b_i y_i`` with ``y = A x`` and I the ``k``
+    largest of the ``r`` scores (Eq. 7, 8, 10, 11). A is frozen, sparse and regenerated from a seed; only B trains.
 
     Args:
         r: total rank, rows of A and columns of B.
@@ -62,15 +62,15 @@ class FlyLoraConfig(PeftConfig):
         alpha: scaling numerator; the update is multiplied by alpha / r. None: 2 r.
         dropout: probability of dropping an entry of the adapter's input while training.
         density: share of non-zeros in each row of A. None: k / r.
-        projection_seed: what A is generated from, together with each module's name. Adapters with the same seed share A.
+        projection_seed: what A is generated from, with each module's name. Adapters with the same seed share A.
         projection_init: distribution of A's non-zeros: ``gaussian`` N(0, 1/r^2) or ``rademacher`` +-1/r (Table 15).
         selection: how ranks are picked: ``magnitude`` abs(y) + d, ``signed`` y + d (Eq. 10 to the letter),
             ``biased_magnitude`` abs(y + d) (balances badly, for reproduction only), ``random`` or ``all`` (Table 14).
-        balance: ``loss_free`` moves the routing bias once per optimizer step (Eq. 9); ``none`` leaves it at 0 (Table 13).
+        balance: ``loss_free`` moves the routing bias once per optimizer step (Eq. 9); ``none`` does not (Table 13).
         balance_rate: u, the step of the routing bias, in the units of the scores.
         save_projection: also store A (sparse) in the adapter file, for archives.
-        target_modules: names, a regular expression or "all-linear", as in any PEFT config. None: PEFT's defaults for the
-            architecture.
+        target_modules: names, a regular expression or "all-linear", as in any PEFT config. None: PEFT's defaults for
+            the architecture.
         exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in any PEFT config.
         rank_pattern: other values of r for modules whose name matches a key.
         bias: only "none": FlyLoRA trains no biases.
@@ -84,7 +84,8 @@ class FlyLoraConfig(PeftConfig):
     r: int = field(default=32, metadata={"help": "Total rank: rows of A and columns of B."})
     k: int = field(default=8, metadata={"help": "Active rank: how many of the r ranks act on a token."})
     alpha: Optional[float] = field(
-        default=None, metadata={"help": "Scaling numerator: the update is multiplied by alpha / r. None: 2 r."}
+        default=None,
+        metadata={"help": "Scaling numerator: the update is multiplied by alpha / r. None: 2 r."},
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the adapter's input."})
     density: Optional[float] = field(
@@ -98,9 +99,7 @@ class FlyLoraConfig(PeftConfig):
         default="magnitude",
         metadata={"help": "How ranks are picked: magnitude, signed, biased_magnitude, random or all."},
     )
-    balance: Balance = field(
-        default="loss_free", metadata={"help": "Load balancing: loss_free (Eq. 9) or none."}
-    )
+    balance: Balance = field(default="loss_free", metadata={"help": "Load balancing: loss_free (Eq. 9) or none."})
     balance_rate: float = field(default=1e-3, metadata={"help": "u, the step of the routing bias."})
     save_projection: bool = field(default=False, metadata={"help": "Also store A in the adapter file."})
     target_modules: Optional[Union[list[str], str]] = field(
@@ -129,9 +128,7 @@ class FlyLoraConfig(PeftConfig):
     blocks: Optional[list[dict[str, Any]]] = field(
         default=None, metadata={"help": "Projections of a merged adapter; written by merging."}
     )
-    format_version: int = field(
-        default=FORMAT_VERSION, metadata={"help": "Version of the saved adapter's format."}
-    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved adapter's format."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -318,8 +318,7 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
             return state, None
         ranks = [block.r for block in self.block_configs[adapter_name]]
         digests = tuple(
-            functional.fingerprint(functional.sparsify(part), self.in_features)
-            for part in dense.cpu().split(ranks)
+            functional.fingerprint(functional.sparsify(part), self.in_features) for part in dense.cpu().split(ranks)
         )
         return ProjectionState(state.seeds, digests), functional.sparsify(dense.cpu())
 
@@ -367,13 +366,13 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
 
     def _forward_one(self, adapter_name: str, x: Tensor, base_out: Tensor | None) -> Tensor:
         shared = self._update_arguments(adapter_name, x)
-        dropped = self.flylora_dropout[adapter_name](x)
+        dropout = self.flylora_dropout[adapter_name]
+        dropped: Tensor = x if isinstance(dropout, nn.Identity) else dropout(x)
         if base_out is not None:
             return functional.routed_update(base_out, dropped, **shared)
-        weight = self.base_layer.weight
-        if isinstance(self.base_layer, Conv1D):
-            weight = weight.t()
-        return functional.routed_linear(x, weight, self.base_layer.bias, **shared)
+        base: Any = self.base_layer
+        weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+        return functional.routed_linear(dropped, weight, base.bias, **shared)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """out = W x + the active adapters' updates; x is (..., n), the result (..., m)."""
@@ -390,7 +389,8 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         if not active:
             return self.base_layer(x, *args, **kwargs)
         out = None
-        if not (self._can_fuse(x, args, kwargs) and isinstance(self.flylora_dropout[active[0]], nn.Identity)):
+        drops = self.training and not isinstance(self.flylora_dropout[active[0]], nn.Identity)
+        if drops or not self._can_fuse(x, args, kwargs):
             out = self._base_forward(x, *args, **kwargs)
         for name in active:
             out = self._forward_one(name, x, out)
@@ -498,9 +498,7 @@ def _after_load(layer: FlyLoraLinear, incompatible_keys: Any) -> None:
 
 def generate_block(seed: int, block: BlockConfig, in_features: int) -> SparseProjection:
     """One block's A from the layer's own seed."""
-    return functional.sparse_projection(
-        seed, block.r, in_features, block.nonzeros(in_features), block.projection_init
-    )
+    return functional.sparse_projection(seed, block.r, in_features, block.nonzeros(in_features), block.projection_init)
 
 
 def identity_tensors(state: ProjectionState) -> tuple[Tensor, Tensor]:
@@ -512,13 +510,13 @@ def identity_tensors(state: ProjectionState) -> tuple[Tensor, Tensor]:
 
 
 _MISMATCH = (
-    "The projection of {name} is not the one that this adapter was trained with: seed and fingerprint in the adapter file "
-    "disagree, so the file was altered or its config's r, density or projection_init was; get the original file, or one "
-    "saved with save_projection=True."
+    "The projection of {name} is not the one that this adapter was trained with: seed and fingerprint in the adapter "
+    "file disagree, so the file was altered or its config's r, density or projection_init was; get the original file, "
+    "or one saved with save_projection=True."
 )
 
 ROUTED_MERGE = (
-    "The adapter '{name}' routes (k < r), so it is not linear in its input and cannot be added to the weights exactly: "
-    "combine adapters with `flylora merge`, approximate it by a plain LoRA or full weights with `flylora export`, or "
-    "train with k = r."
+    "The adapter '{name}' routes (k < r), so it is not linear in its input and cannot be added to the weights "
+    "exactly: combine adapters with `flylora merge`, approximate it by a plain LoRA or full weights with "
+    "`flylora export`, or train with k = r."
 )

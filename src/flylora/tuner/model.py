@@ -75,7 +75,7 @@ class FlyLoraModel(BaseTuner):
 
     prefix: str = PREFIX
     tuner_layer_cls = FlyLoraLinear
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     # --- injection ------------------------------------------------------------------------------------------------
 
@@ -104,10 +104,16 @@ class FlyLoraModel(BaseTuner):
                 return module.context
         return RoutingContext()
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Optional[list[str]] = None,
+    ) -> Any:
         if merge:
-            self._refuse_routed(kwargs.get("adapter_names"))
-        model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+            self._refuse_routed(adapter_names)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for key, hook in list(model._forward_pre_hooks.items()):
             if isinstance(hook, PaddingMaskHook):
                 del model._forward_pre_hooks[key]
@@ -119,8 +125,8 @@ class FlyLoraModel(BaseTuner):
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type in _MAMBA_TYPES and target_name in _MAMBA_BYPASSED:
             raise ValueError(
-                f"'{target_name}' of a {model_type} model is read by its fused kernel and never called, so an adapter there "
-                "would do nothing: leave it out of target_modules."
+                f"'{target_name}' of a {model_type} model is read by its fused kernel and never called, so an adapter "
+                "there would do nothing: leave it out of target_modules."
             )
 
     def _create_and_replace(
@@ -135,8 +141,8 @@ class FlyLoraModel(BaseTuner):
     ) -> None:
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(
-                f"'{current_key}' belongs to nn.MultiheadAttention, which reads its weight and never calls it, so an adapter "
-                "there would do nothing: leave it out of target_modules."
+                f"'{current_key}' belongs to nn.MultiheadAttention, which reads its weight and never calls it, so an "
+                "adapter there would do nothing: leave it out of target_modules."
             )
         if isinstance(target, FlyLoraLinear):
             target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
@@ -146,8 +152,8 @@ class FlyLoraModel(BaseTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not _is_supported(base):
             raise TypeError(
-                f"'{current_key}' is a {type(base).__name__}, but FlyLoRA adapts nn.Linear, Conv1D and quantized linear "
-                "layers only: leave it out of target_modules."
+                f"'{current_key}' is a {type(base).__name__}, but FlyLoRA adapts nn.Linear, Conv1D and quantized "
+                "linear layers only: leave it out of target_modules."
             )
         _refuse_tensor_parallel(base, current_key)
         new_module = FlyLoraLinear(
@@ -199,7 +205,8 @@ class FlyLoraModel(BaseTuner):
         unknown = sorted(set(adapter_names) - known - {"__base__"})
         if unknown:
             raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; the model has {', '.join(sorted(known))}."
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; the model has "
+                f"{', '.join(sorted(known))}."
             )
         decoder_names = list(adapter_names)
         num_beams = kwargs.get("num_beams")
@@ -211,9 +218,7 @@ class FlyLoraModel(BaseTuner):
             for name, module in self.named_modules():
                 if isinstance(module, FlyLoraLinear) or _takes_adapter_names(module):
                     names = adapter_names if "encoder" in name.split(".") else decoder_names
-                    handles.append(
-                        module.register_forward_pre_hook(_AdapterNames(list(names)), with_kwargs=True)
-                    )
+                    handles.append(module.register_forward_pre_hook(_AdapterNames(list(names)), with_kwargs=True))
             yield
         finally:
             for handle in handles:
@@ -302,9 +307,7 @@ def _takes_adapter_names(module: nn.Module) -> bool:
 
 
 def _is_supported(module: nn.Module) -> bool:
-    if isinstance(module, FlyLoraLinear):
-        return True
-    if isinstance(module, nn.Linear) or isinstance(module, Conv1D):
+    if isinstance(module, (FlyLoraLinear, nn.Linear, Conv1D)):
         return True
     backend = resolve_quantization_backend(module, get_apply_tensor_subclass=lambda: None)
     return backend is not None and backend.layer_type == "linear"
@@ -335,17 +338,15 @@ def _is_stored_projection(key: str) -> bool:
     return f".{_VALUES}" in key or f".{_COLUMNS}" in key
 
 
-def _check_tensors(
-    name: str, layer: FlyLoraLinear, adapter_name: str, found: dict[str, Tensor], base: str
-) -> None:
+def _check_tensors(name: str, layer: FlyLoraLinear, adapter_name: str, found: dict[str, Tensor], base: str) -> None:
     """The file's tensors of one layer are all there and have the shapes that the model and the config ask for."""
     missing = [tensor for tensor in _TENSORS if tensor not in found]
     if (_VALUES in found) != (_COLUMNS in found):
         missing.append(_COLUMNS if _VALUES in found else _VALUES)
     if missing:
         raise UserError(
-            f"The adapter file lacks {' and '.join(missing)} of {name}: it is incomplete, or was trained on another base "
-            f"model ({base}) or with other target_modules."
+            f"The adapter file lacks {' and '.join(missing)} of {name}: it is incomplete, or was trained on another "
+            f"base model ({base}) or with other target_modules."
         )
     ranks, blocks = layer.flylora_B[adapter_name].shape[1], len(layer.block_configs[adapter_name])
     expected = {
@@ -357,18 +358,18 @@ def _check_tensors(
     for tensor, shape in expected.items():
         if tuple(found[tensor].shape) != shape:
             raise UserError(
-                f"{tensor} of {name} has shape {tuple(found[tensor].shape)} in the adapter file, but {shape} is needed here: "
-                f"the adapter belongs to another base model ({base}) or its config was edited."
+                f"{tensor} of {name} has shape {tuple(found[tensor].shape)} in the adapter file, but {shape} is needed "
+                f"here: the adapter belongs to another base model ({base}) or its config was edited."
             )
     if _VALUES in found:
         shapes = tuple(found[_VALUES].shape), tuple(found[_COLUMNS].shape)
         if shapes[0] != shapes[1] or shapes[0][0] != ranks:
             raise UserError(
-                f"The stored projection of {name} has shapes {shapes[0]} and {shapes[1]}, but two equal ones with {ranks} "
-                "rows are needed: the adapter file is damaged or its config was edited."
+                f"The stored projection of {name} has shapes {shapes[0]} and {shapes[1]}, but two equal ones with "
+                f"{ranks} rows are needed: the adapter file is damaged or its config was edited."
             )
     if found["flylora_d"].dtype != torch.int32 or found["flylora_seed"].dtype != torch.int64:
         raise UserError(
-            f"flylora_d and flylora_seed of {name} are {found['flylora_d'].dtype} and {found['flylora_seed'].dtype}, but "
-            "int32 and int64 are needed: the adapter file was converted; use the original."
+            f"flylora_d and flylora_seed of {name} are {found['flylora_d'].dtype} and {found['flylora_seed'].dtype}, "
+            "but int32 and int64 are needed: the adapter file was converted; use the original."
         )

@@ -22,8 +22,8 @@ def _peft_type() -> Any:
     member = str.__new__(PeftType, member_name)
     member._name_ = member_name
     member._value_ = member_name
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType.__members__)
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
     PeftType._member_names_.append(member_name)
     PeftType._member_map_[member_name] = member
     PeftType._value2member_map_[member_name] = member
