@@ -1,0 +1,56 @@
+"""What ``flylora eval`` can be told. Imports no torch: the command line reads it to print its help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flylora.errors import UserError
+
+ChoiceScore = Literal["sum", "per_byte"]
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Settings of one evaluation.
+
+    Args:
+        model: Base model: a folder, a .gguf file, a name on the hub, or smollm2-135m.
+        task: Name of a built-in task, or path of a task's YAML file.
+        adapter: Folder of an adapter to put on the model; the base model alone if left out.
+        out: JSON file for the result; only shown if left out.
+        data_dir: Folder that a YAML task's data files are relative to; the YAML file's own folder if left out.
+        split: Which part of the task's data: train, validation or test.
+        limit: Evaluate this many items, drawn at random; all if left out.
+        batch_size: Items (for multiple choice: answers) per forward pass.
+        max_new_tokens: Longest generation in tokens; the task's own if left out.
+        choice_score: How multiple choice compares answers: log-likelihood (sum), or divided by length (per_byte).
+        chat_template: Whether prompts go through the tokenizer's chat template; the task's own choice if left out.
+        dtype: Of the base model; auto is bfloat16 where the device computes in it, else float32.
+        device: auto is the first GPU if there is one, else the CPU.
+        seed: For adapters that route at random; generation itself is greedy.
+        overwrite: Replace the file out if it exists.
+    """
+
+    model: str
+    task: str
+    adapter: str | None = None
+    out: str | None = None
+    data_dir: str | None = None
+    split: Literal["train", "validation", "test"] = "test"
+    limit: int | None = None
+    batch_size: int = 16
+    max_new_tokens: int | None = None
+    choice_score: ChoiceScore = "sum"
+    chat_template: bool | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    seed: int = 0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ``UserError`` for values that cannot be meant."""
+        for name in ("limit", "batch_size", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}.")

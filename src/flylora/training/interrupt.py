@@ -1,0 +1,55 @@
+"""Ctrl-C that lets the current step end and a checkpoint be written."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Training was asked to stop and has stopped; the text says what was kept and how to go on."""
+
+
+@dataclass
+class Interrupt:
+    """Whether someone asked to stop."""
+
+    requested: bool = False
+
+
+@contextmanager
+def catching_interrupts() -> Iterator[Interrupt]:
+    """While open, the first SIGINT or SIGTERM only sets ``requested``; a second one acts as it always does.
+
+    Outside the main thread, where signals cannot be caught, nothing is changed.
+    """
+    interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def request(number: int, frame: FrameType | None) -> None:
+        interrupt.requested = True
+        restore()
+        logger.warning("Stopping after this step and saving a checkpoint; press Ctrl-C again to stop without saving.")
+
+    for number in _SIGNALS:
+        signal.signal(number, request)
+    try:
+        yield interrupt
+    finally:
+        restore()
