@@ -23,6 +23,9 @@ Kind = Literal["choice", "generate", "loss"]
 the loss on the completion alone (no accuracy exists; extractor and metric are not used)."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+REGEX = "regex"
+"""The extractor that applies a task's own ``pattern``."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -57,6 +60,7 @@ class Task:
         load: Gives the whole of one split, in an order that never changes.
         kind: How it is evaluated (see ``Kind``).
         extractor: Name in ``scoring.EXTRACTORS``, or ``regex`` with a ``pattern``.
+        also_extractors: Further readings of the same output, such as a flexible one beside a strict one.
         metric: Name in ``scoring.METRICS``.
         max_length: Longest item in tokens, prompt, completion and end of sequence together.
         max_new_tokens: Longest generation in tokens.
@@ -74,6 +78,7 @@ class Task:
     load: Callable[[Split], Sequence[Example]] = field(repr=False)
     kind: Kind
     extractor: str = "text"
+    also_extractors: tuple[str, ...] = ()
     metric: str = "exact_match"
     max_length: int
     max_new_tokens: int = 0
@@ -98,14 +103,10 @@ class Task:
         if split not in SPLITS:
             raise UserError(f"Unknown split '{split}': choose one of {', '.join(SPLITS)}.")
         if limit is not None and limit < 1:
-            raise UserError(
-                f"The limit of examples must be at least 1, not {limit}: leave it out for all of them."
-            )
+            raise UserError(f"The limit of examples must be at least 1, not {limit}: leave it out for all of them.")
         found = list(self.load(split))
         if not found:
-            raise UserError(
-                f"The task '{self.name}' has no {split} examples: choose another split or add data."
-            )
+            raise UserError(f"The task '{self.name}' has no {split} examples: choose another split or add data.")
         if limit is None or limit >= len(found):
             return found
         rng = random.Random(f"{self.name}/{self.version}/{split}")
@@ -122,9 +123,7 @@ class Task:
         """The answer in generated text, cut at the first stop string; ``None`` where there is none."""
         ends = [at for at in map(output.find, self.stop) if at >= 0]
         output = output[: min(ends)] if ends else output
-        return (
-            EXTRACTORS[self.extractor](output) if self.pattern is None else last_match(self.pattern, output)
-        )
+        return EXTRACTORS[self.extractor](output) if self.pattern is None else last_match(self.pattern, output)
 
     def score(self, output: str, example: Example) -> float:
         """The metric, from 0 to 1, of generated text against the answer of ``example``."""
