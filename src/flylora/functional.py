@@ -204,7 +204,8 @@ def select(y: Tensor, routing_bias: Tensor, blocks: tuple[Block, ...]) -> Tensor
         (N, sum of k) int64 indices into the rank axis; unordered within a block.
     """
     first = blocks[0]
-    if len(blocks) > 1 and all(block == first for block in blocks) and not first.is_linear:
+    stackable = first.selection != "random" and not first.is_linear  # noise depends on a rank's place in its block
+    if len(blocks) > 1 and stackable and all(block == first for block in blocks):
         shape = (y.shape[0], len(blocks), first.r)
         score = scores(y, routing_bias, first.selection, first.noise_seed).view(shape)
         chosen = score.topk(first.k, dim=-1, sorted=False).indices
@@ -277,7 +278,10 @@ class _RoutedLinear(torch.autograd.Function):
                 base = base_out.reshape(-1, base_out.shape[-1])
                 scaled = (up * scaling).to(base.dtype)
                 out = torch.addmm(base, z.to(base.dtype), scaled.t())
-        ctx.save_for_backward(indices, kept, projection, up, weight, token_mask, load)
+        ctx.save_for_backward(indices, kept, projection, up, weight)
+        # Not among the saved tensors: backward adds to the load in place, which autograd would take for a mistake as
+        # soon as two forwards precede their backwards; and a checkpointed layer must count by its own forward's mask.
+        ctx.load, ctx.token_mask = load, token_mask
         ctx.scaling = scaling
         ctx.in_shape, ctx.in_dtype = x.shape, x.dtype
         return out.view(*x.shape[:-1], out.shape[-1])
@@ -285,7 +289,7 @@ class _RoutedLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> Any:
-        indices, kept, projection, up, weight, token_mask, load = ctx.saved_tensors
+        indices, kept, projection, up, weight = ctx.saved_tensors
         grad = grad_out.reshape(-1, grad_out.shape[-1])
         need_x, need_up = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         chosen = None if indices is None else indices.long()
@@ -304,8 +308,8 @@ class _RoutedLinear(torch.autograd.Function):
                 if chosen is not None:
                     z = torch.zeros(shape, dtype=grad.dtype, device=grad.device).scatter_(1, chosen, z)
                 grad_up = (grad.t() @ z).to(up.dtype).mul_(ctx.scaling)
-            if load is not None and chosen is not None:
-                add_expert_load(load, chosen, token_mask)
+                if ctx.load is not None and chosen is not None:  # only here: a frozen adapter is not balanced
+                    add_expert_load(ctx.load, chosen, ctx.token_mask)
         grad_base = grad_out if ctx.needs_input_grad[1] else None
         return grad_x, grad_base, None, None, None, grad_up, None, None, None, None, None
 
