@@ -1,0 +1,156 @@
+"""The command line: parses, calls one function, shows what it returned.
+
+Options come from the typed config of each command, on the command line or from a YAML file given with --config. Only
+what a command needs is imported, and only when it runs, so that help appears at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from flylora import __version__
+from flylora.errors import UserError
+from flylora.evaluation.config import EvalConfig
+from flylora.training.config import TrainConfig
+from flylora.training.interrupt import TrainingInterrupted
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """What to inspect.
+
+    Args:
+        adapter: Folder of a saved FlyLoRA adapter.
+    """
+
+    adapter: str
+
+
+def _train(config: TrainConfig) -> None:
+    from flylora.show import show_training
+    from flylora.training import train
+
+    show_training(train(config))
+
+
+def _eval(config: EvalConfig) -> None:
+    from flylora.evaluation import evaluate
+    from flylora.show import show_evaluation
+
+    show_evaluation(evaluate(config))
+
+
+def _inspect(config: InspectConfig) -> None:
+    from rich import print as show
+
+    from flylora.tuner.inspect import inspect_adapter
+
+    show(inspect_adapter(config.adapter))
+
+
+@dataclass(frozen=True)
+class _Command:
+    """One subcommand: its config class, the function that takes such a config, and a line of help."""
+
+    config: type[Any]
+    run: Callable[[Any], None]
+    help: str
+    positional: str | None = None
+
+
+COMMANDS = {
+    "train": _Command(TrainConfig, _train, "train an adapter on a task"),
+    "eval": _Command(EvalConfig, _eval, "evaluate a model, with or without an adapter, on a task"),
+    "inspect": _Command(InspectConfig, _inspect, "show what a saved adapter is", positional="adapter"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0 for success, 2 for bad input (one sentence on stderr), 130 after an interruption.
+    """
+    try:
+        command, config = parse(sys.argv[1:] if argv is None else argv)
+        command.run(config)
+    except (UserError, argparse.ArgumentError) as error:
+        print(f"flylora: {_one_sentence(error)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except TrainingInterrupted as stop:
+        print(f"flylora: {stop}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        print("flylora: Interrupted.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[_Command, Any]:
+    """The command that the arguments ask for, and its config.
+
+    Raises:
+        argparse.ArgumentError: The arguments are not what the command takes.
+        UserError: They are, but their values cannot be meant.
+    """
+    parser = ArgumentParser(
+        prog="flylora",
+        description="FlyLoRA adapters: train, evaluate and inspect them.",
+        version=__version__,
+        exit_on_error=False,
+    )
+    subcommands = parser.add_subcommands(required=True, dest="command", title="commands", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        subparser = ArgumentParser(description=f"{command.help.capitalize()}.", exit_on_error=False)
+        if command.positional is None:
+            subparser.add_argument("--config", action="config", help="YAML file with any of these options")
+            subparser.add_class_arguments(command.config)
+        else:
+            subparser.add_argument(command.positional, type=str)
+        subcommands.add_subcommand(name, subparser, help=command.help)
+    chosen = parser.parse_args(_as_jsonargparse_spells(list(argv)))
+    command = COMMANDS[chosen["command"]]
+    options = chosen[chosen["command"]].as_dict()
+    return command, command.config(**{k: v for k, v in options.items() if k != "config"})
+
+
+def _as_jsonargparse_spells(argv: list[str]) -> list[str]:
+    """--max-length as --max_length, and a bare --resume as --resume=true."""
+    command = COMMANDS.get(next((word for word in argv if not word.startswith("-")), ""))
+    flags = {f.name for f in dataclasses.fields(command.config) if "bool" in str(f.type)} if command else set()
+    spelled = []
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+        option = re.match(r"--[\w.-]+", word)
+        if option:
+            name = option[0][2:].replace("-", "_")
+            word = f"--{name}{word[option.end() :]}"
+            if word[2:] in flags and following not in ("true", "false", "null"):
+                word += "=true"
+        spelled.append(word)
+    return spelled
+
+
+def _one_sentence(error: Exception) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    text = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
+    for said, better in (
+        # The parser names an option by where it is kept (train.model); users know it as --model.
+        (rf"\b(?:{'|'.join(COMMANDS)})\.(\w)", r"--\1"),
+        (r'Parser key "([\w.]+)"', r"--\1"),
+        (r"<class '(\w+)'>", r"\1"),
+        (r"\. Got value: ", ", got "),
+    ):
+        text = re.sub(said, better, text)
+    return f"{text[:1].upper()}{text[1:]} (flylora COMMAND --help lists what a command takes)."
