@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from .balance import BalanceCallback, balance_model
+    from .balance import BalanceCallback, balance_model, expert_shares
     from .tuner import FlyLoraConfig, FlyLoraLinear, FlyLoraModel
 
 __version__ = "0.1.0"
@@ -27,6 +27,7 @@ _LAZY = {
     "FlyLoraModel": ".tuner",
     "BalanceCallback": ".balance",
     "balance_model": ".balance",
+    "expert_shares": ".balance",
 }
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "UserError",
     "__version__",
     "balance_model",
+    "expert_shares",
 ]
 
 

@@ -58,6 +58,23 @@ def balance_model(model: nn.Module) -> None:
     )
 
 
+def expert_shares(model: nn.Module, adapter: str = "default") -> dict[str, list[float]]:
+    """For each adapted module, the share of tokens that chose each rank at the last optimizer step.
+
+    Shares lie in [0, 1] and add up to k in a block. Modules that have not been trained in this process are left out.
+    """
+    from .tuner.layer import FlyLoraLinear
+
+    shares: dict[str, list[float]] = {}
+    for layer in model.modules():
+        if isinstance(layer, FlyLoraLinear) and adapter in layer.last_load:
+            load = layer.last_load[adapter]
+            active = sum(min(block.k, block.r) for block in layer.routing[adapter])
+            tokens = max(1.0, float(load.sum()) / active)
+            shares[layer.module_name] = (load.double() / tokens).tolist()
+    return shares
+
+
 def _step(pairs: Iterable[tuple[FlyLoraLinear, str]]) -> None:
     # Every rank of a data-parallel run must see the same order, and the set of live layers has none.
     ordered = sorted(
@@ -71,6 +88,7 @@ def _step(pairs: Iterable[tuple[FlyLoraLinear, str]]) -> None:
         bias = layer.flylora_d[adapter]
         ranks = tuple(block.r for block in layer.routing[adapter])
         bias.add_(balance_steps(load, ranks).to(bias.device))
+        layer.last_load[adapter] = load.clone()
         layer.expert_load[adapter].zero_()
 
 

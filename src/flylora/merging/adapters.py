@@ -275,7 +275,9 @@ class SavedAdapter:
             widths = sorted({self.out_features(other) for other in self.modules})
             # Layers repeat: what fitted a module of the same name is tried first.
             alike = [n for name, n in self._in_features.items() if name.rpartition(".")[2] == module.rpartition(".")[2]]
-            candidates = dict.fromkeys([*([hint] if hint else []), *reversed(alike), *widths])
+            known = self.config.in_features_at(module) if isinstance(self.config, FlyLoraConfig) else None
+            hints = [n for n in (known, hint) if n]
+            candidates = dict.fromkeys([*hints, *reversed(alike), *widths])
             for n in candidates:
                 if self._fits(factors, n):
                     self._in_features[module] = n

@@ -75,6 +75,8 @@ class FlyLoraConfig(PeftConfig):
         rank_pattern: other values of r for modules whose name matches a key.
         bias: only "none": FlyLoRA trains no biases.
         blocks: the projections of a merged adapter, written by ``flylora merge``; None for one's own training.
+        in_features: n of the adapted modules by name, filled in when the adapter is put into a model: with it an
+            adapter folder alone is enough to generate A.
         format_version: of the saved adapter.
 
     Raises:
@@ -127,6 +129,9 @@ class FlyLoraConfig(PeftConfig):
     bias: Literal["none"] = field(default="none", metadata={"help": "Only 'none': no biases are trained."})
     blocks: Optional[list[dict[str, Any]]] = field(
         default=None, metadata={"help": "Projections of a merged adapter; written by merging."}
+    )
+    in_features: Optional[dict[str, int]] = field(
+        default=None, metadata={"help": "n of the adapted modules; filled in by the model."}
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved adapter's format."})
 
@@ -244,6 +249,22 @@ class FlyLoraConfig(PeftConfig):
                 local = BlockConfig(**{**asdict(local), "density": local.k / local.r})
             blocks.append(local)
         return blocks
+
+    def in_features_at(self, module_name: str) -> Optional[int]:
+        """n of the named module, or None where the adapter was saved without it."""
+        known = self.in_features or {}
+        return known.get(module_name, known.get(module_name.rpartition(".")[2]))
+
+    def remember_in_features(self, widths: dict[str, int]) -> None:
+        """Keep n by the last part of a module's name, or by the whole name where modules of one name differ."""
+        by_suffix: dict[str, set[int]] = {}
+        for name, width in widths.items():
+            by_suffix.setdefault(name.rpartition(".")[2], set()).add(width)
+        kept: dict[str, int] = {}
+        for name, width in widths.items():
+            suffix = name.rpartition(".")[2]
+            kept[suffix if len(by_suffix[suffix]) == 1 else name] = width
+        self.in_features = kept
 
     def scaling_at(self, module_name: str) -> float:
         """s = alpha / r of the named module; alpha None means 2 r, hence s = 2."""

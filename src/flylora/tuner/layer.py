@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -37,13 +39,12 @@ class ProjectionState:
     """What one adapter's A in one layer is made of.
 
     ``seeds`` holds each block's own seed; ``digests`` the blocks' fingerprints once A was generated. ``restored`` says
-    that A came from a file and is not to be regenerated. ``version`` is A's edit counter when it was made.
+    that A came from a file and is not to be regenerated.
     """
 
     seeds: tuple[int, ...]
     digests: tuple[bytes, ...] | None = None
     restored: bool = False
-    version: int = 0
 
 
 class WatchedBufferDict(BufferDict):
@@ -89,7 +90,7 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
             cast of the model.
         flylora_seed, flylora_fingerprint: what identifies A, (T,) int64 and (T, 32) uint8, for the adapter file.
         expert_load: tokens that chose each rank since the last optimizer step, (r,) int64; a plain attribute, because
-            DDP overwrites buffers.
+            DDP overwrites buffers. ``last_load`` is what it was at that step.
     """
 
     adapter_layer_names: tuple[str, ...] = ("flylora_B",)
@@ -100,12 +101,12 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         "flylora_fingerprint",
         "flylora_dropout",
         "expert_load",
+        "last_load",
         "routing",
         "block_configs",
         "projection_state",
         "scaling",
         "base_scaling",
-        "save_projection",
     )
 
     def __init__(
@@ -131,12 +132,12 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         self.flylora_fingerprint = WatchedBufferDict()
         self.flylora_dropout = nn.ModuleDict({})
         self.expert_load: dict[str, Tensor] = {}
+        self.last_load: dict[str, Tensor] = {}
         self.routing: dict[str, tuple[Block, ...]] = {}
         self.block_configs: dict[str, tuple[BlockConfig, ...]] = {}
         self.projection_state: dict[str, ProjectionState] = {}
         self.scaling: dict[str, float] = {}
         self.base_scaling: dict[str, float] = {}
-        self.save_projection: dict[str, bool] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
@@ -164,7 +165,6 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
             for block, seed in zip(blocks, seeds, strict=True)
         )
         self.scaling[adapter_name] = self.base_scaling[adapter_name] = config.scaling_at(self.module_name)
-        self.save_projection[adapter_name] = config.save_projection
         self.flylora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.flylora_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, ranks))
         self.flylora_d[adapter_name] = torch.zeros(ranks, dtype=torch.int32)
@@ -197,10 +197,8 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         if dense is None:
             dense = self._generate(adapter_name)
         if device is not None and dense.device != device and device.type != "meta":
-            version = dense._version
-            unchanged = version == self.projection_state[adapter_name].version
-            dense = self.flylora_A[adapter_name] = dense.to(device)
-            self.projection_state[adapter_name].version = dense._version if unchanged else -1
+            with torch.inference_mode(False):  # A outlives the call: an inference tensor could never be trained with
+                dense = self.flylora_A[adapter_name] = dense.to(device)
         return dense
 
     def _generate(self, adapter_name: str) -> Tensor:
@@ -223,9 +221,9 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         parts: list[SparseProjection],
         restored: bool,
     ) -> None:
-        dense = torch.cat([functional.densify(part, self.in_features) for part in parts])
-        self.flylora_A[adapter_name] = dense
-        self.projection_state[adapter_name] = ProjectionState(seeds, digests, restored, dense._version)
+        with torch.inference_mode(False):
+            self.flylora_A[adapter_name] = torch.cat([functional.densify(part, self.in_features) for part in parts])
+        self.projection_state[adapter_name] = ProjectionState(seeds, digests, restored)
         self._write_identity(adapter_name)
 
     def _write_identity(self, adapter_name: str) -> None:
@@ -257,30 +255,32 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         self.projection_state[adapter_name] = ProjectionState(seeds, digests)
         self._generate(adapter_name)
 
-    def load_projection(
+    def projection_from_file(
         self,
         adapter_name: str,
         seeds: tuple[int, ...],
         digests: tuple[bytes, ...],
         stored: SparseProjection | None,
-    ) -> None:
-        """Take A from a file: its stored non-zeros, or what the seeds give; refused where the fingerprint differs.
+    ) -> Callable[[], None]:
+        """A as a file has it: its stored non-zeros, or what the seeds give. The returned function puts it to use.
+
+        Nothing changes before that call, so that all layers can be checked first.
 
         Raises:
             flylora.UserError: naming the module, when A is not what the fingerprint says.
         """
-        state = self.projection_state[adapter_name]
-        current = self.flylora_A.get(adapter_name)
         if stored is None:
-            if current is not None and (state.seeds, state.digests) == (seeds, digests) and not state.restored:
-                return
+            state, current = self.projection_state[adapter_name], self.flylora_A.get(adapter_name)
+            if current is not None and (state.seeds, state.digests, state.restored) == (seeds, digests, False):
+                if self._digests(adapter_name, current) == digests:
+                    return lambda: None
             parts = [
                 generate_block(seed, block, self.in_features)
                 for seed, block in zip(seeds, self.block_configs[adapter_name], strict=True)
             ]
             found = tuple(functional.fingerprint(part, self.in_features) for part in parts)
         else:
-            if int(stored.columns.min()) < 0 or int(stored.columns.max()) >= self.in_features:
+            if stored.columns.numel() == 0 or not 0 <= int(stored.columns.min()) <= int(stored.columns.max()) < self.in_features:
                 raise UserError(
                     f"The stored projection of {self.module_name} names columns outside its {self.in_features} inputs: "
                     "the adapter file is damaged or belongs to another base model."
@@ -290,17 +290,19 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
                 SparseProjection(values, columns)
                 for values, columns in zip(stored.values.split(ranks), stored.columns.split(ranks), strict=True)
             ]
-            found = self._stored_digests(parts)
+            found = self._digests(adapter_name, functional.densify(stored, self.in_features))
         if found != digests:
             raise UserError(_MISMATCH.format(name=self.module_name))
-        self._keep(adapter_name, seeds, digests, parts, restored=stored is not None)
+        return partial(self._keep, adapter_name, seeds, digests, parts, restored=stored is not None)
 
-    def _stored_digests(self, parts: list[SparseProjection]) -> tuple[bytes, ...]:
-        """Fingerprints of blocks that were stored at one common width, padded with zeros."""
-        dense = [functional.densify(part, self.in_features) for part in parts]
-        return tuple(functional.fingerprint(functional.sparsify(part), self.in_features) for part in dense)
+    def _digests(self, adapter_name: str, dense: Tensor) -> tuple[bytes, ...]:
+        """The fingerprints of the blocks of a dense A, in whatever way it was made."""
+        parts = dense.detach().cpu().split([block.r for block in self.block_configs[adapter_name]])
+        return tuple(functional.fingerprint(functional.sparsify(part), self.in_features) for part in parts)
 
-    def identity_for_saving(self, adapter_name: str) -> tuple[ProjectionState, SparseProjection | None]:
+    def identity_for_saving(
+        self, adapter_name: str, save_projection: bool
+    ) -> tuple[ProjectionState, SparseProjection | None]:
         """What the adapter file says of A: seeds and fingerprints, and A's non-zeros with ``save_projection``.
 
         Raises:
@@ -308,19 +310,15 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         """
         dense = self.projection(adapter_name)
         state = self.projection_state[adapter_name]
-        edited = dense._version != state.version
-        if not self.save_projection[adapter_name]:
-            if edited or state.restored:
-                raise UserError(
-                    f"The projection of {self.module_name} is not the one its seed gives, so the seed alone cannot "
-                    "restore it: set save_projection=True in the adapter's config before saving."
-                )
-            return state, None
-        ranks = [block.r for block in self.block_configs[adapter_name]]
-        digests = tuple(
-            functional.fingerprint(functional.sparsify(part), self.in_features) for part in dense.cpu().split(ranks)
-        )
-        return ProjectionState(state.seeds, digests), functional.sparsify(dense.cpu())
+        digests = self._digests(adapter_name, dense)
+        if save_projection:
+            return ProjectionState(state.seeds, digests), functional.sparsify(dense.detach().cpu())
+        if state.restored or digests != state.digests:
+            raise UserError(
+                f"The projection of {self.module_name} is not the one its seed gives, so the seed alone cannot restore it: "
+                "set save_projection=True in the adapter's config before saving."
+            )
+        return state, None
 
     # --- forward ------------------------------------------------------------------------------------------------
 
@@ -511,8 +509,8 @@ def identity_tensors(state: ProjectionState) -> tuple[Tensor, Tensor]:
 
 _MISMATCH = (
     "The projection of {name} is not the one that this adapter was trained with: seed and fingerprint in the adapter "
-    "file disagree, so the file was altered or its config's r, density or projection_init was; get the original file, "
-    "or one saved with save_projection=True."
+    "file disagree, so the file or its config's r, density or projection_init was altered, or the base model is "
+    "another one: get the original adapter and base, or an adapter saved with save_projection=True."
 )
 
 ROUTED_MERGE = (

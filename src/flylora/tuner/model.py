@@ -87,6 +87,8 @@ class FlyLoraModel(BaseTuner):
                 raise
             names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if _is_supported(m)})
             raise type(error)(f"{error} The model's adaptable modules are named: {', '.join(names)}.") from error
+        widths = {layer.module_name: layer.in_features for _, layer in _layers_with(model, adapter_name)}
+        self.peft_config[adapter_name].remember_in_features(widths)
         self._install_padding_hook(model)
 
     def _install_padding_hook(self, model: nn.Module) -> None:
@@ -245,7 +247,7 @@ class FlyLoraModel(BaseTuner):
         for name, layer in _layers_with(model, adapter_name):
             if f"{name}.flylora_B.{adapter_name}" not in selected:
                 continue  # a sharded save keeps other layers elsewhere
-            state, stored = layer.identity_for_saving(adapter_name)
+            state, stored = layer.identity_for_saving(adapter_name, config.save_projection)
             seeds, digests = identity_tensors(state)
             selected[f"{name}.flylora_seed.{adapter_name}"] = seeds
             selected[f"{name}.flylora_fingerprint.{adapter_name}"] = digests
@@ -282,11 +284,14 @@ class FlyLoraModel(BaseTuner):
                 f"The adapter file has tensors for modules that this model does not adapt, e.g. '{min(keys)}' "
                 f"({len(keys)} in all): it was trained on another base model ({base}) or with other target_modules."
             )
+        accept = []
         for layer, found in pending:
             seeds = tuple(found["flylora_seed"].tolist())
             digests = tuple(bytes(row.tolist()) for row in found["flylora_fingerprint"])
             stored = SparseProjection(found[_VALUES], found[_COLUMNS]) if _VALUES in found else None
-            layer.load_projection(adapter_name, seeds, digests, stored)
+            accept.append(layer.projection_from_file(adapter_name, seeds, digests, stored))
+        for take in accept:  # every layer was checked: a file is taken as a whole or not at all
+            take()
         return {key: value for key, value in remapped.items() if not _is_stored_projection(key)}
 
 
