@@ -69,13 +69,16 @@ class _RegisteringLoader(Loader):
 
 
 class _PeftImportHook(MetaPathFinder):
-    """Finds "peft" as the other finders do, once, and lets [`_RegisteringLoader`] load it."""
+    """Finds "peft" as the other finders do, and lets [`_RegisteringLoader`] load it.
+
+    It stays after a search: asking whether PEFT is installed, as transformers does, is not yet importing it.
+    """
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname != "peft":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("peft")
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in others if spec is not None), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _RegisteringLoader(spec.loader)
         return spec
@@ -84,6 +87,4 @@ class _PeftImportHook(MetaPathFinder):
 if "peft" in sys.modules:
     importlib.import_module(".tuner", __name__)
 else:
-    import importlib.util
-
     sys.meta_path.insert(0, _PeftImportHook())

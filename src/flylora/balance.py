@@ -35,9 +35,19 @@ def track(layer: FlyLoraLinear) -> None:
 
 
 def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    pairs = [(layer, adapter) for layer in _layers for adapter, up in layer.flylora_B.items() if id(up) in held]
-    _step(pairs)
+    overflow = getattr(optimizer, "found_inf", None)
+    if overflow is not None and bool(overflow):
+        return  # fused optimizers skip the step themselves when gradient scaling overflowed
+    # Every rank of a data-parallel run must see the same order: the optimizer's, as the set of live layers has none.
+    parameters = (id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    position = {parameter: i for i, parameter in enumerate(parameters)}
+    held = [
+        (position[id(up)], layer, adapter)
+        for layer in _layers
+        for adapter, up in layer.flylora_B.items()
+        if id(up) in position
+    ]
+    _step([(layer, adapter) for _, layer, adapter in sorted(held, key=lambda entry: entry[0])])
 
 
 def balance_model(model: nn.Module) -> None:
@@ -66,9 +76,10 @@ def expert_shares(model: nn.Module, adapter: str = "default") -> dict[str, list[
     from .tuner.layer import FlyLoraLinear
 
     shares: dict[str, list[float]] = {}
-    for layer in model.modules():
-        if isinstance(layer, FlyLoraLinear) and adapter in layer.last_load:
-            load = layer.last_load[adapter]
+    layers = (module for module in model.modules() if isinstance(module, FlyLoraLinear))
+    for layer in layers:
+        load = layer.last_load.get(adapter)
+        if load is not None and load.any():
             active = sum(min(block.k, block.r) for block in layer.routing[adapter])
             tokens = max(1.0, float(load.sum()) / active)
             shares[layer.module_name] = (load.double() / tokens).tolist()
@@ -76,19 +87,17 @@ def expert_shares(model: nn.Module, adapter: str = "default") -> dict[str, list[
 
 
 def _step(pairs: Iterable[tuple[FlyLoraLinear, str]]) -> None:
-    # Every rank of a data-parallel run must see the same order, and the set of live layers has none.
-    ordered = sorted(
-        ((layer, adapter) for layer, adapter in pairs if adapter in layer.expert_load),
-        key=lambda pair: (pair[0].module_name, pair[1]),
-    )
-    loads = [layer.expert_load[adapter] for layer, adapter in ordered]
+    balanced = [(layer, adapter) for layer, adapter in pairs if adapter in layer.expert_load]
+    loads = [layer.expert_load[adapter] for layer, adapter in balanced]
     if not loads:
         return
-    for (layer, adapter), load in zip(ordered, _sum_over_ranks(loads), strict=True):
+    for (layer, adapter), load in zip(balanced, _sum_over_ranks(loads), strict=True):
         bias = layer.flylora_d[adapter]
         ranks = tuple(block.r for block in layer.routing[adapter])
         bias.add_(balance_steps(load, ranks).to(bias.device))
-        layer.last_load[adapter] = load.clone()
+        # A second call after the same step finds no loads, and must not forget those it had (without a GPU sync).
+        before = layer.last_load.get(adapter, load).to(load.device)
+        layer.last_load[adapter] = torch.where(load.any(), load, before)
         layer.expert_load[adapter].zero_()
 
 

@@ -271,16 +271,17 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         """
         if stored is None:
             state, current = self.projection_state[adapter_name], self.flylora_A.get(adapter_name)
-            if current is not None and (state.seeds, state.digests, state.restored) == (seeds, digests, False):
-                if self._digests(adapter_name, current) == digests:
-                    return lambda: None
+            same = (state.seeds, state.digests, state.restored) == (seeds, digests, False)
+            if same and current is not None and self._digests(adapter_name, current) == digests:
+                return lambda: None
             parts = [
                 generate_block(seed, block, self.in_features)
                 for seed, block in zip(seeds, self.block_configs[adapter_name], strict=True)
             ]
             found = tuple(functional.fingerprint(part, self.in_features) for part in parts)
         else:
-            if stored.columns.numel() == 0 or not 0 <= int(stored.columns.min()) <= int(stored.columns.max()) < self.in_features:
+            inside = (stored.columns >= 0) & (stored.columns < self.in_features)
+            if stored.columns.numel() == 0 or not inside.all():
                 raise UserError(
                     f"The stored projection of {self.module_name} names columns outside its {self.in_features} inputs: "
                     "the adapter file is damaged or belongs to another base model."
@@ -315,8 +316,8 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
             return ProjectionState(state.seeds, digests), functional.sparsify(dense.detach().cpu())
         if state.restored or digests != state.digests:
             raise UserError(
-                f"The projection of {self.module_name} is not the one its seed gives, so the seed alone cannot restore it: "
-                "set save_projection=True in the adapter's config before saving."
+                f"The projection of {self.module_name} is not the one its seed gives, so the seed alone cannot restore "
+                "it: set save_projection=True in the adapter's config before saving."
             )
         return state, None
 

@@ -35,6 +35,13 @@ _MAMBA_BYPASSED = frozenset({"out_proj", "conv1d"})
 
 _TENSORS = ("flylora_B", "flylora_d", "flylora_seed", "flylora_fingerprint")
 _VALUES, _COLUMNS = "flylora_A_values", "flylora_A_columns"
+_DTYPES = {  # B has whatever type it was trained in
+    "flylora_d": torch.int32,
+    "flylora_seed": torch.int64,
+    "flylora_fingerprint": torch.uint8,
+    _VALUES: torch.float32,
+    _COLUMNS: torch.int32,
+}
 
 
 class PaddingMaskHook:
@@ -368,13 +375,14 @@ def _check_tensors(name: str, layer: FlyLoraLinear, adapter_name: str, found: di
             )
     if _VALUES in found:
         shapes = tuple(found[_VALUES].shape), tuple(found[_COLUMNS].shape)
-        if shapes[0] != shapes[1] or shapes[0][0] != ranks:
+        if shapes[0] != shapes[1] or shapes[0][:1] != (ranks,) or len(shapes[0]) != 2:
             raise UserError(
                 f"The stored projection of {name} has shapes {shapes[0]} and {shapes[1]}, but two equal ones with "
                 f"{ranks} rows are needed: the adapter file is damaged or its config was edited."
             )
-    if found["flylora_d"].dtype != torch.int32 or found["flylora_seed"].dtype != torch.int64:
-        raise UserError(
-            f"flylora_d and flylora_seed of {name} are {found['flylora_d'].dtype} and {found['flylora_seed'].dtype}, "
-            "but int32 and int64 are needed: the adapter file was converted; use the original."
-        )
+    for tensor, dtype in _DTYPES.items():
+        if tensor in found and found[tensor].dtype != dtype:
+            raise UserError(
+                f"{tensor} of {name} is {found[tensor].dtype} in the adapter file, but {dtype} is needed: the file was "
+                "converted; use the original."
+            )
