@@ -1,0 +1,226 @@
+"""Records: JSON that describes itself, written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from flylora import records
+from flylora.errors import UserError
+from flylora.records import (
+    Record,
+    adapter_fingerprint,
+    file_sha256,
+    is_disk_full,
+    own_commit,
+    provenance,
+    read_record,
+    saving,
+    to_json_line,
+    write_record,
+    write_text,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured(Record):
+    kind: ClassVar[str] = "measured"
+    version: ClassVar[int] = 2
+
+    value: float
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def measured(**changes: Any) -> Measured:
+    origin = provenance(seeds={"seed": 3}, data_sha256={"test": "ab"}, model_sha256="cd")
+    settings: dict[str, Any] = {"status": "complete", "provenance": origin, "config": {"lr": 1e-3}, "value": 0.5}
+    return Measured(**{**settings, **changes})
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    record = measured(rows=[{"id": "é", "score": 1.0}])
+    write_record(record, tmp_path / "new" / "record.json")
+    assert read_record(tmp_path / "new" / "record.json", Measured) == record
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["record.json"]
+
+
+def test_provenance_names_the_versions_that_are_installed() -> None:
+    versions = measured().provenance.versions
+    assert set(versions) == {"flylora", "torch", "transformers", "peft", "trl"}
+    assert versions["torch"] == torch.__version__
+
+
+def test_infinite_numbers_become_null_and_the_file_stays_json(tmp_path: Path) -> None:
+    write_record(measured(value=float("nan"), rows=[{"loss": float("inf")}]), tmp_path / "r.json")
+    body = json.loads((tmp_path / "r.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert body["value"] is None
+    assert body["rows"] == [{"loss": None}]
+    assert json.loads(to_json_line({"loss": float("nan")})) == {"loss": None}
+
+
+def changed(path: Path, **changes: Any) -> Path:
+    write_record(measured(), path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return path
+
+
+def test_a_newer_version_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"version 3.*reads up to version 2: upgrade flylora"):
+        read_record(changed(tmp_path / "r.json", version=3), Measured)
+
+
+def test_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a measured record"):
+        read_record(changed(tmp_path / "r.json", kind="train"), Measured)
+
+
+def test_unknown_fields_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"unknown fields.*surprise"):
+        read_record(changed(tmp_path / "r.json", surprise=1), Measured)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"kind": "measured", "ver', "not valid JSON"),
+        (b"[]", "not a measured record"),
+        (b"\xff\xfe\xff", "cannot be read"),
+    ],
+)
+def test_a_broken_file_is_one_sentence(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "r.json").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        read_record(tmp_path / "r.json", Measured)
+
+
+def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"There is no measured record .*r\.json"):
+        read_record(tmp_path / "r.json", Measured)
+
+
+def test_a_full_disk_keeps_the_old_file_and_leaves_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.json"
+    write_text(path, "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(records.os, "fsync", full)
+    with pytest.raises(UserError, match="No space is left on the disk"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupted_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.json"
+    write_text(path, "old")
+
+    def interrupted(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(records.os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_text(tmp_path / "file" / "r.json", "new")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0"),
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_every_library_has_its_own_way_to_say_that_the_disk_is_full(error: Exception) -> None:
+    assert is_disk_full(error)
+
+
+def test_other_errors_pass_through_saving_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a bug"), saving(tmp_path):
+        raise RuntimeError("a bug")
+
+
+def test_file_hash_is_that_of_the_contents(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 3_000_000)
+    (tmp_path / "b").write_bytes(b"y")
+    assert file_sha256(tmp_path / "a", tmp_path / "b") == hashlib.sha256(b"x" * 3_000_000 + b"y").hexdigest()
+
+
+def tensors(folder: Path, metadata: dict[str, str] | None = None, **values: torch.Tensor) -> Path:
+    folder.mkdir()
+    save_file(values, folder / "adapter_model.safetensors", metadata)
+    return folder
+
+
+def test_fingerprint_depends_on_the_tensors_alone(tmp_path: Path) -> None:
+    a, b = torch.arange(4.0), torch.ones(2, 2, dtype=torch.bfloat16)
+    same = {
+        adapter_fingerprint(tensors(tmp_path / "1", a=a, b=b)),
+        adapter_fingerprint(tensors(tmp_path / "2", {"k": "v"}, b=b, a=a)),
+    }
+    others = {
+        adapter_fingerprint(tensors(tmp_path / "3", a=a, c=b)),
+        adapter_fingerprint(tensors(tmp_path / "4", a=a.reshape(2, 2), b=b)),
+        adapter_fingerprint(tensors(tmp_path / "5", a=a.int(), b=b)),
+        adapter_fingerprint(tensors(tmp_path / "6", a=a.nextafter(a + 1), b=b)),
+    }
+    assert len(same) == 1
+    assert len(others | same) == 5
+
+
+def test_fingerprint_of_a_corrupt_or_missing_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no"):
+        adapter_fingerprint(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        adapter_fingerprint(tmp_path)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_commit_and_dirty_flag_are_those_of_flyloras_own_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "src" / "flylora" / "records.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("")
+    monkeypatch.setattr(records, "__file__", str(module))
+    assert own_commit() == (None, None)
+    git(tmp_path, "init", "-q")
+    assert own_commit() == (None, None)  # somebody else's repository
+    (tmp_path / "pyproject.toml").write_text("")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    assert own_commit() == (git(tmp_path, "rev-parse", "HEAD"), False)
+    module.write_text("changed")
+    assert own_commit() == (git(tmp_path, "rev-parse", "HEAD"), True)
+
+
+def test_records_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        measured().value = 1.0  # type: ignore[misc]
