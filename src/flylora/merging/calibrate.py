@@ -1,0 +1,377 @@
+"""Statistics of a task's tokens under the codes of a merged adapter: what least squares needs to know of a task.
+
+For each module the mean of z z^T over the task's tokens, z being the routed codes of all adapters side by side. They
+are gathered while some adapter runs, in one pass over the texts, in O(R^2) memory a module and float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..data import IGNORED, CompletionCollator, Encoded, encode_all
+from ..errors import UserError
+from ..evaluation.adapters import adapted, base_of
+from ..models import LoadedModel, load_model
+from ..records import provenance, saving
+from ..tasks import load_task
+from ..tuner.layer import canonical_name
+from .adapters import SavedAdapter, TensorFile, read_adapter
+from .config import CalibrateConfig, Tokens
+from .engine import MergeSpec, merge_to, progress
+from .layout import Codes, Layout, check_compatible, codes, plan
+
+FORMAT_VERSION = 1
+
+
+# --- gathering ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TaskStatistics:
+    """Sums over one task's tokens, in two halves by text, so that a ridge can be chosen by held-out error.
+
+    Attributes:
+        grams: for each module sum z z^T over the tokens of each half, (2, R, R) float64.
+        tokens: how many tokens each half has, (2,) float64.
+        slots: what each part of the rank axis is, see [`slot_keys`].
+        origin: where the statistics come from.
+    """
+
+    grams: dict[str, Tensor]
+    tokens: Tensor
+    slots: dict[str, list[tuple[str, int]]]
+    origin: dict[str, Any] = field(default_factory=dict)
+
+
+def gather(
+    model: nn.Module,
+    layout: Layout,
+    rows: Sequence[Encoded],
+    tokens: Tokens = "all",
+    batch_size: int = 8,
+    quiet: bool = False,
+) -> TaskStatistics:
+    """Run texts through a model, whatever adapter is active on it, and sum z z^T at every module of a merge.
+
+    Args:
+        model: in evaluation mode. layout: the merge. rows: the texts.
+        tokens: which positions count: all, those that predict the answer, or those of the prompt before them.
+        batch_size: texts per forward pass.
+        quiet: show no progress.
+
+    Raises:
+        UserError: the model lacks a module, or no token counts.
+    """
+    watched = _watched_modules(model, layout)
+    sums = _Sums()
+    handles = []
+    base = base_of(model) if isinstance(model, PeftModel) else model
+    parameters = inspect.signature(base.forward).parameters
+    short = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    device = next(model.parameters()).device
+    collate = CompletionCollator()
+    # Longest first keeps padding short; alternating halves in that order makes them alike.
+    ordered = sorted(rows, key=lambda row: -len(row.input_ids))
+    try:
+        for name, module in watched.items():
+            function = codes(layout, name, _in_features(module))
+            handles.append(module.register_forward_pre_hook(sums.hook(name, function), with_kwargs=True))
+        with torch.no_grad(), progress("calibration texts", len(ordered), quiet) as advance:
+            for start in range(0, len(ordered), batch_size):
+                chosen = ordered[start : start + batch_size]
+                batch = collate([vars(row) for row in chosen])
+                sums.select(batch, tokens, start, device)
+                inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
+                model(**inputs, use_cache=False, **short)
+                advance(len(chosen))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not float(sums.tokens.sum()):
+        raise UserError("No token of the calibration texts counts: give more texts, or count all tokens of them.")
+    unseen = [name for name in watched if name not in sums.grams]
+    for name in unseen:  # e.g. an expert that no token was sent to
+        rank = layout.at(name).rank
+        sums.grams[name] = torch.zeros(2, rank, rank, dtype=torch.float64)
+    return TaskStatistics(sums.grams, sums.tokens, {name: slot_keys(layout, name) for name in watched})
+
+
+class _Sums:
+    """Accumulators, and the hooks that fill them."""
+
+    def __init__(self) -> None:
+        self.grams: dict[str, Tensor] = {}
+        self.tokens = torch.zeros(2, dtype=torch.float64)
+        self._masks: tuple[Tensor, Tensor] | None = None
+
+    def select(self, batch: dict[str, Tensor], tokens: Tokens, start: int, device: torch.device) -> None:
+        """Choose the positions of a batch that count, and their half."""
+        real = batch["attention_mask"].bool()
+        # The position before a labelled token is the one that predicts it.
+        answer = torch.zeros_like(real)
+        answer[:, :-1] = batch["labels"][:, 1:] != IGNORED
+        counted = {"all": real, "answer": real & answer, "prompt": real & ~answer}[tokens]
+        even = (torch.arange(start, start + len(real)) % 2 == 0).unsqueeze(1)
+        self._masks = ((counted & even).to(device), (counted & ~even).to(device))
+        self.tokens += torch.tensor([float(mask.sum()) for mask in self._masks], dtype=torch.float64)
+
+    def hook(self, name: str, function: Codes) -> Any:
+        """A forward pre-hook that adds z z^T of a module's input."""
+
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            assert self._masks is not None
+            function.to(x.device)
+            for half, mask in enumerate(self._masks):
+                # A module that sees tokens in another arrangement (an expert) counts all it sees, in both halves alike.
+                chosen = x[mask] if x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1])
+                if not len(chosen):
+                    continue
+                z = function(chosen).double()
+                gram = (z.t() @ z).cpu()
+                if name not in self.grams:
+                    self.grams[name] = torch.zeros(2, *gram.shape, dtype=torch.float64)
+                self.grams[name][half] += gram
+
+        return add
+
+
+def _watched_modules(model: nn.Module, layout: Layout) -> dict[str, nn.Module]:
+    named: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not name.endswith(".base_layer"):
+            named.setdefault(canonical_name(name), module)
+    missing = [name for name in layout.modules if name not in named]
+    if missing:
+        raise UserError(
+            f"The base model has no module {missing[0]} ({len(missing)} of {len(layout.modules)} are missing): give "
+            "the base "
+            "model that the adapters were trained on."
+        )
+    return {name: named[name] for name in layout.modules}
+
+
+def _in_features(module: nn.Module) -> int | None:
+    found = getattr(module, "in_features", None)
+    if found is None and hasattr(module, "nx"):  # transformers' Conv1D
+        return int(module.nx)  # type: ignore[arg-type]
+    return None if found is None else int(found)
+
+
+def slot_keys(layout: Layout, module: str) -> list[tuple[str, int]]:
+    """What each part of the rank axis is, and its width: the inputs' blocks by fingerprint, with their routing."""
+    local = layout.at(module)
+    keys = []
+    for slot, rank in zip(local.slots, local.ranks, strict=True):
+        members = sorted(f"{layout.adapters[t].fingerprint}/{j}" for t, j in slot.sources)
+        routing = "" if slot.block is None else f"{slot.block.k}/{slot.block.selection}/{slot.block.balance_rate}:"
+        keys.append((routing + "+".join(members), rank))
+    return keys
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def write_statistics(path: Path, statistics: TaskStatistics) -> None:
+    """Write statistics to a safetensors file, whole or not at all."""
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        f"{name}.gram": (torch.float64, tuple(gram.shape)) for name, gram in statistics.grams.items()
+    }
+    layout["tokens"] = (torch.float64, (2,))
+    body = {"format_version": FORMAT_VERSION, "slots": statistics.slots, "origin": statistics.origin}
+    partial = path.with_name(f".{path.name}.partial")
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with TensorFile(partial, layout, {"flylora_calibration": json.dumps(body)}) as file:
+                file.write("tokens", statistics.tokens)
+                for name, gram in statistics.grams.items():
+                    file.write(f"{name}.gram", gram)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def read_statistics(path: Path) -> TaskStatistics:
+    """Statistics from a file.
+
+    Raises:
+        UserError: there is none, or it is damaged, of another kind or of a newer version.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no calibration file {path}: make one with flylora calibrate, or name a task.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("flylora_calibration")
+            if text is None:
+                raise UserError(f"{path} is no calibration file: give one that flylora calibrate wrote.")
+            body = json.loads(text)
+            if body["format_version"] > FORMAT_VERSION:
+                raise UserError(
+                    f"{path} has format version {body['format_version']}, but this flylora reads up to "
+                    f"{FORMAT_VERSION}: "
+                    "upgrade flylora to read it."
+                )
+            slots = {name: [(key, int(rank)) for key, rank in found] for name, found in body["slots"].items()}
+            grams = {name: file.get_tensor(f"{name}.gram") for name in slots}
+            return TaskStatistics(grams, file.get_tensor("tokens"), slots, body["origin"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged or cut off ({error}): make it again with flylora calibrate.") from error
+
+
+class GramTable:
+    """The statistics of all tasks of a merge, with their rank axes brought to the merge's own."""
+
+    def __init__(self, layout: Layout, tasks: Sequence[TaskStatistics], names: Sequence[str]) -> None:
+        self._tasks = list(tasks)
+        self._columns: dict[str, list[Tensor]] = {}
+        for module in layout.modules:
+            wanted = slot_keys(layout, module)
+            self._columns[module] = [
+                _columns(wanted, task.slots.get(module, []), module, name)
+                for task, name in zip(tasks, names, strict=True)
+            ]
+
+    def grams(self, task: int, module: str) -> tuple[Tensor, Tensor]:
+        """The mean of z z^T, (R, R), over each half of a task's texts; zero for a half without tokens."""
+        statistics, columns = self._tasks[task], self._columns[module][task]
+        halves = []
+        for gram, count in zip(statistics.grams[module], statistics.tokens.tolist(), strict=True):
+            halves.append(gram[columns][:, columns] / max(count, 1.0))
+        return halves[0], halves[1]
+
+    def share(self, task: int) -> tuple[float, float]:
+        """The share of a task's tokens in each half."""
+        first, second = (self._tasks[task].tokens / self._tasks[task].tokens.sum()).tolist()
+        return first, second
+
+
+def _columns(wanted: list[tuple[str, int]], found: list[tuple[str, int]], module: str, name: str) -> Tensor:
+    starts, at = {}, 0
+    for key, rank in found:
+        starts[key] = (at, rank)
+        at += rank
+    parts = []
+    for key, rank in wanted:
+        if starts.get(key, (0, -1))[1] != rank:
+            raise UserError(
+                f"The calibration file {name} was not made for these adapters (it knows nothing of one of them in "
+                f"{module}): "
+                "run flylora calibrate for all adapters of the merge together."
+            )
+        parts.append(torch.arange(starts[key][0], starts[key][0] + rank))
+    return torch.cat(parts)
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def calibrate(config: CalibrateConfig, loaded: LoadedModel | None = None) -> TaskStatistics:
+    """Gather the statistics of one task for a later merge and write them to ``config.out``.
+
+    Raises:
+        UserError: adapters, task or model do not fit, or the file cannot be written.
+    """
+    out = Path(config.out)
+    if out.exists() and not config.overwrite:
+        raise UserError(f"The file {out} exists already: choose another name, or allow it to be overwritten.")
+    adapters = [read_adapter(path) for path in config.adapters]
+    check_compatible(adapters, config.base_model)
+    loaded = loaded or load_base(adapters, config.model or config.base_model, config.dtype, config.device)
+    statistics = task_statistics(
+        loaded,
+        plan(adapters, config.share),
+        config.task,
+        data_dir=config.data_dir,
+        texts=config.texts,
+        tokens=config.tokens,
+        batch_size=config.batch_size,
+        run=_running(config.run),
+    )
+    write_statistics(out, statistics)
+    return statistics
+
+
+Running = Path | Literal["none", "average"]
+
+
+def _running(given: str | None) -> Running:
+    if given is None:
+        return "average"
+    return "none" if given == "none" else Path(given)
+
+
+def load_base(adapters: Sequence[SavedAdapter], name: str | None, dtype: Any, device: str) -> LoadedModel:
+    """The base model of a merge.
+
+    Raises:
+        UserError: neither the user nor the adapters name it, or it cannot be loaded.
+    """
+    name = name or next((adapter.base_model for adapter in adapters if adapter.base_model), None)
+    if name is None:
+        raise UserError("The adapters' configs name no base model: give it as model.")
+    return load_model(name, dtype, device)
+
+
+def task_statistics(
+    loaded: LoadedModel,
+    layout: Layout,
+    task_name: str,
+    *,
+    data_dir: str | None,
+    texts: int,
+    tokens: Tokens,
+    batch_size: int,
+    run: Running,
+) -> TaskStatistics:
+    """One task's statistics from its training split while an adapter runs; see [`calibrate`]."""
+    assert tokens in get_args(Tokens)
+    task = load_task(task_name, data_dir)
+    examples = task.examples("train", texts)
+    encoded = encode_all(examples, loaded.tokenizer, task.max_length, task.chat_template, task.truncate_prompt)
+    with active_adapter(loaded, layout, run) as model:
+        statistics = gather(model, layout, encoded.items, tokens, batch_size)
+    origin = provenance(seeds={}, data_sha256={"train": task.data_hash("train")}, model_sha256=loaded.sha256)
+    statistics.origin = {
+        "task": task.name,
+        "task_version": task.version,
+        "texts": len(encoded.items),
+        "tokens": tokens,
+        "token_count": float(statistics.tokens.sum()),
+        "run": str(run),
+        "adapters": [adapter.fingerprint for adapter in layout.adapters],
+        "provenance": dataclasses.asdict(origin),
+    }
+    return statistics
+
+
+@contextmanager
+def active_adapter(loaded: LoadedModel, layout: Layout, run: Running) -> Iterator[nn.Module]:
+    """The base model with an adapter on it while texts are read: a saved one, the plain average, or none."""
+    if run == "none":
+        yield loaded.model
+    elif run == "average":
+        with tempfile.TemporaryDirectory() as folder:
+            average = Path(folder) / "average"
+            merge_to(average, layout.adapters, MergeSpec("average"), base_model=loaded.source, quiet=True)
+            with adapted(loaded, average) as (model, _):
+                yield model
+    else:
+        assert isinstance(run, Path)
+        with adapted(loaded, run) as (model, _):
+            yield model

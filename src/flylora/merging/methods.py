@@ -1,0 +1,385 @@
+"""The mathematics of merging as pure functions on tensors, for one module at a time.
+
+Legend: m, n are out_features and in_features of a module; T the inputs (tasks); w_t their weights; R the rank axis of
+the merged adapter (see `layout`). B_t' (m, R) is the up-projection that reproduces input t alone on the merged codes z,
+its scaling folded in. W_t (m, n) is input t's update as a matrix, s_t B_t A_t. G_t (R, R) is the mean of z z^T over
+tokens of task t.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal
+
+import torch
+from peft.utils import merge_utils
+from torch import Tensor
+
+from ..errors import UserError
+from ..functional import Block
+
+Pruning = Literal["magnitude", "random", "none"]
+SignMethod = Literal["total", "frequency"]
+
+# Entries of all inputs' updates that are in memory at once while they are combined row by row.
+_CHUNK_ENTRIES = 1 << 23
+# Below this size an exact selection is cheap; above it, a sample brackets the threshold first.
+_SAMPLE = 1 << 18
+
+
+# --- routed and exact ------------------------------------------------------------------------------------------
+
+
+def weighted_sum(ups: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum_t w_t B_t', (m, R): the output is the weighted sum of the inputs' own outputs (task arithmetic; Eq. 12).
+
+    Args:
+        ups: B_t', each (m, R). weights: w_t.
+    """
+    out = ups[0] * weights[0]
+    for up, weight in zip(ups[1:], weights[1:], strict=True):
+        out += up * weight
+    return out
+
+
+# --- least squares ---------------------------------------------------------------------------------------------
+
+
+def least_squares(
+    ups: Sequence[Tensor],
+    grams: Sequence[Tensor],
+    weights: Sequence[float],
+    prior: Tensor,
+    ridge: float,
+) -> Tensor:
+    """B* = (sum_t w_t B_t' G_t + lambda P)(sum_t w_t G_t + lambda I)^-1, (m, R), computed in float64.
+
+    It minimises sum_t w_t E_t ||(B - B_t') z||^2 + lambda ||B - P||_F^2: on task t's tokens the merged adapter should
+    give what adapter t alone gives. lambda = ridge x trace(sum_t w_t G_t) / R, so that ridge has no unit.
+
+    Args:
+        ups: B_t', each (m, R). grams: G_t, each (R, R). weights: w_t >= 0, how much task t's error counts.
+        prior: P, (m, R), the weighted average; it decides where the codes of the tokens say nothing.
+        ridge: relative lambda, >= 0.
+
+    Raises:
+        UserError: ridge is 0 and the codes do not span all R directions, so that there is no single solution.
+    """
+    total = torch.zeros_like(grams[0], dtype=torch.float64)
+    target = torch.zeros(prior.shape, dtype=torch.float64)
+    for up, gram, weight in zip(ups, grams, weights, strict=True):
+        total += weight * gram.double()
+        target += weight * (up.double() @ gram.double())
+    mean_energy = float(total.trace()) / total.shape[0]
+    if mean_energy == 0.0:
+        return prior.clone()  # no token reached the module: only the prior speaks
+    penalty = ridge * mean_energy
+    total.diagonal().add_(penalty)
+    factor, failed = torch.linalg.cholesky_ex(total)
+    if int(failed) or not torch.isfinite(factor).all():
+        raise UserError(
+            "The calibration codes do not span all ranks of a module, so least squares has no single solution "
+            "without a "
+            "ridge: set ridge above 0 (e.g. 1e-2), or calibrate on more text."
+        )
+    solved = torch.cholesky_solve((target + penalty * prior.double()).t(), factor).t()
+    return solved.to(prior.dtype)
+
+
+def least_squares_error(up: Tensor, ups: Sequence[Tensor], grams: Sequence[Tensor], weights: Sequence[float]) -> float:
+    """sum_t w_t E_t ||(B - B_t') z||^2, what [`least_squares`] minimises beside its penalty.
+
+    Args:
+        up: B, (m, R). ups: B_t', each (m, R). grams: G_t, each (R, R). weights: w_t.
+    """
+    error = 0.0
+    for target, gram, weight in zip(ups, grams, weights, strict=True):
+        difference = up.double() - target.double()
+        error += weight * float(((difference @ gram.double()) * difference).sum())
+    return error
+
+
+def best_ridge(
+    ups: Sequence[Tensor],
+    halves: Sequence[tuple[Tensor, Tensor]],
+    weights: Sequence[float],
+    prior: Tensor,
+    candidates: Sequence[float],
+) -> float:
+    """The ridge whose solution on one half of the tokens has the least error on the other, both ways round.
+
+    Args:
+        ups: B_t', each (m, R). halves: for each task, G_t of two disjoint halves of its texts.
+        weights: w_t. prior: (m, R). candidates: ridges to try.
+    """
+    errors = []
+    for ridge in candidates:
+        error = 0.0
+        for fit in (0, 1):
+            solved = least_squares(ups, [half[fit] for half in halves], weights, prior, ridge)
+            error += least_squares_error(solved, ups, [half[1 - fit] for half in halves], weights)
+        errors.append(error)
+    return candidates[errors.index(min(errors))]
+
+
+# --- updates as matrices ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Update:
+    """One input's update in one module by its factors: W_t = up @ down, or ``up`` itself where A is shared.
+
+    Attributes:
+        up: s_t B_t, (m, r) float32. down: A_t, (r, n) float32, or None.
+        seed: of what is random about it; see [`update_seed`].
+    """
+
+    up: Tensor
+    down: Tensor | None
+    seed: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.up.shape[0]), int((self.up if self.down is None else self.down).shape[1])
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows of W_t."""
+        part = self.up[start:stop]
+        return part if self.down is None else part @ self.down
+
+
+def update_seed(seed: int, adapter: str, module: str) -> int:
+    """A seed for one input's random pruning in one module; it does not depend on the order of the inputs."""
+    digest = hashlib.sha256(f"flylora-merge:{seed}:{adapter}:{module}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def linear_share(block: Block) -> float:
+    """E[y z] / E[y^2], the best single scale for the product B A in place of routing, for Gaussian codes.
+
+    A routed adapter keeps only its k of r largest codes; the product B A without this scale would add the others too.
+    For the share q = k / r of largest magnitudes it is q + 2 t phi(t), where t is exceeded by abs(N(0, 1)) with
+    probability q; 0.72 at q = 1/4.
+    """
+    if block.is_linear:
+        return 1.0
+    q = block.k / block.r
+    if block.selection == "random":
+        return q
+    normal = NormalDist()
+    if block.selection == "signed":
+        t = normal.inv_cdf(1 - q)
+        return q + t * normal.pdf(t)
+    t = normal.inv_cdf(1 - q / 2)
+    return q + 2 * t * normal.pdf(t)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Global CPU random numbers from a seed inside the block, and as they were before after it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def magnitude_threshold(update: Update, density: float) -> float:
+    """The magnitude of the int(density m n)-th largest entry of W_t, exactly; infinity where none is kept.
+
+    On large matrices a sample of entries brackets it first, so that only the entries in the bracket are sorted.
+    """
+    m, n = update.shape
+    keep = int(density * m * n)
+    if keep == 0:
+        return math.inf
+    if m * n <= 4 * _SAMPLE:
+        return float(update.rows(0, m).abs().flatten().kthvalue(m * n - keep + 1).values)
+    generator = torch.Generator().manual_seed(update.seed)
+    picks = torch.randint(m * n, (_SAMPLE,), generator=generator)
+    sample = torch.cat([_entries(update, part) for part in picks.split(1 << 16)]).abs().sort().values
+    # Ten standard deviations of the sampled quantile's position.
+    margin = math.ceil(10 * math.sqrt(density * (1 - density) * _SAMPLE)) + 10
+    middle = round((1 - density) * _SAMPLE)
+    low = float(sample[middle - margin]) if middle - margin >= 0 else 0.0
+    high = float(sample[middle + margin]) if middle + margin < _SAMPLE else math.inf
+    above, inside = 0, []
+    for start, stop in _chunks(m, n):
+        magnitudes = update.rows(start, stop).abs_()
+        over = magnitudes > low
+        candidates = magnitudes[over]
+        within = candidates <= high
+        above += candidates.numel() - int(within.sum())
+        inside.append(candidates[within])
+    bracket = torch.cat(inside)
+    wanted = keep - above
+    if not 1 <= wanted <= bracket.numel():  # many equal entries: the sample says nothing about their rank
+        return float(update.rows(0, m).abs().flatten().kthvalue(m * n - keep + 1).values)
+    return float(bracket.kthvalue(bracket.numel() - wanted + 1).values)
+
+
+def _entries(update: Update, flat: Tensor) -> Tensor:
+    """W_t at flat indices (row-major)."""
+    n = update.shape[1]
+    row, column = flat // n, flat % n
+    if update.down is None:
+        return update.up[row, column]
+    return (update.up[row] * update.down.t()[column]).sum(dim=1)
+
+
+def _chunks(m: int, row_entries: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _CHUNK_ENTRIES // max(1, row_entries))
+    for start in range(0, m, step):
+        yield start, min(m, start + step)
+
+
+def sparsified_sum(
+    updates: Sequence[Update],
+    weights: Sequence[float],
+    density: float,
+    pruning: Pruning,
+    elect_sign: bool,
+    sign_method: SignMethod = "total",
+) -> Tensor:
+    """One matrix (m, n) from the inputs' pruned updates, with PEFT's own pruning and sign election, row by row.
+
+    ================= ========== =========== ==========================================================
+    method            pruning    elect_sign  paper
+    ================= ========== =========== ==========================================================
+    magnitude_prune   magnitude  no          magnitude pruning before task arithmetic
+    ties              magnitude  yes         Yadav et al., NeurIPS 2023, arXiv 2306.01708
+    dare              random     no          Yu et al., ICML 2024, arXiv 2311.03099
+    dare_ties         random     yes         both
+    ================= ========== =========== ==========================================================
+
+    Args:
+        updates: the W_t. weights: w_t. density: share of entries to keep, in (0, 1].
+        pruning: keep the largest magnitudes of each W_t, or random ones rescaled by 1 / density.
+        elect_sign: at each entry average only the inputs that agree with the elected sign (TIES); else sum all.
+        sign_method: elect by total mass or by count.
+    """
+    m, n = updates[0].shape
+    pruned = density < 1 and pruning != "none"
+    thresholds = [
+        magnitude_threshold(update, density) if pruned and pruning == "magnitude" else 0.0 for update in updates
+    ]
+    out = torch.empty(m, n)
+    for start, stop in _chunks(m, n * len(updates)):
+        parts = []
+        for update, threshold in zip(updates, thresholds, strict=True):
+            rows = update.rows(start, stop)
+            if pruned and pruning == "magnitude":
+                rows = torch.where(rows.abs() >= threshold, rows, 0.0)
+            elif pruned:
+                with seeded(update_seed(update.seed, "rows", str(start))):
+                    rows = merge_utils.random_pruning(rows, density, rescale=True)
+            parts.append(rows)
+        stacked = torch.stack(parts)
+        scale = torch.tensor(weights, dtype=stacked.dtype).view(-1, 1, 1)
+        if elect_sign:
+            mask = merge_utils.calculate_majority_sign_mask(stacked, method=sign_method)
+            out[start:stop] = merge_utils.disjoint_merge(stacked * scale, mask)
+        else:
+            out[start:stop] = (stacked * scale).sum(dim=0)
+    return out
+
+
+def knots(
+    updates: Sequence[Update],
+    weights: Sequence[float],
+    merge: Callable[[list[Update]], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Factors (m, q), (q, n) of a merge in the common basis of all updates (KnOTS, Stoica et al., arXiv 2410.19735).
+
+    [W_1 ... W_T] = U S [V_1 ... V_T], side by side; the V_t, which share one basis, are merged like matrices, and
+    U S V is the update. All through factors: the only SVD is (sum of r) x (sum of r), and q is the sum of r at most.
+
+    Args:
+        updates: the W_t with both factors. weights: w_t, which ``merge`` applies too; here they only fix the number.
+        merge: from the V_t, as updates without a second factor, to one matrix (q, n).
+    """
+    if len(updates) != len(weights):
+        raise ValueError(f"{len(updates)} updates and {len(weights)} weights: give one weight an update.")
+    left, left_core = torch.linalg.qr(torch.cat([update.up for update in updates], dim=1))
+    rights, cores, start = [], [], 0
+    for update in updates:
+        assert update.down is not None
+        rank = update.up.shape[1]
+        right, right_core = torch.linalg.qr(update.down.t())
+        rights.append(right)
+        cores.append(left_core[:, start : start + rank] @ right_core.t())
+        start += rank
+    u, s, vt = torch.linalg.svd(torch.cat(cores, dim=1), full_matrices=False)
+    kept = s > s[0] * torch.finfo(s.dtype).eps * max(u.shape[0], vt.shape[1])
+    u, s, vt = u[:, kept], s[kept], vt[kept]
+    widths = [core.shape[1] for core in cores]
+    parts = [
+        Update(part @ right.t(), None, update.seed)
+        for part, right, update in zip(vt.split(widths, dim=1), rights, updates, strict=True)
+    ]
+    return left @ (u * s), merge(parts)
+
+
+# --- rank limits -----------------------------------------------------------------------------------------------
+
+
+def balance_factors(up: Tensor, singular: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """(U sqrt(S), sqrt(S) V^T): factors of equal norm, which keep best in 16 bits."""
+    root = singular.clamp_min(0).sqrt()
+    return up * root, root.unsqueeze(1) * down
+
+
+def cut_factors(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best rank-limited factors of up @ down, by QR of both and an SVD of the (R, R) core.
+
+    Args:
+        up: (m, R). down: (R, n). rank: at most this many; fewer than R.
+
+    Returns:
+        (m, q), (q, n) and the relative error in Frobenius norm.
+    """
+    left, left_core = torch.linalg.qr(up)
+    right, right_core = torch.linalg.qr(down.t())
+    u, s, vt = torch.linalg.svd(left_core @ right_core.t(), full_matrices=False)
+    total = float(s.square().sum())
+    error = math.sqrt(float(s[rank:].square().sum()) / total) if total else 0.0
+    cut_up, cut_down = balance_factors(left @ u[:, :rank], s[:rank], vt[:rank] @ right.t())
+    return cut_up, cut_down, error
+
+
+def cut_matrix(matrix: Tensor, rank: int, seed: int, start: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+    """Nearly the best rank-limited factors of any (m, n) matrix, by a randomised range finder with power iterations.
+
+    Halko, Martinsson, Tropp, SIAM Review 53 (2011), arXiv 0909.4061; exact SVD for small matrices. No global random
+    numbers are used.
+
+    Args:
+        matrix: (m, n). rank: q.
+        seed: of the random test matrix.
+        start: (n, any) directions that are known to matter, such as the A_t^T; added to the random ones.
+
+    Returns:
+        (m, q), (q, n) and the relative error in Frobenius norm, measured.
+    """
+    m, n = matrix.shape
+    rank = min(rank, m, n)
+    total = float(matrix.square().sum())
+    if min(m, n) <= 2 * (rank + 16):
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        test = torch.randn(n, rank + 16, generator=generator, dtype=matrix.dtype)
+        if start is not None:
+            test = torch.cat([test, start.to(matrix.dtype)], dim=1)
+        basis = torch.linalg.qr(matrix @ test).Q[:, : min(m, n)]
+        for _ in range(2):
+            basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.t() @ basis).Q).Q
+        u, s, vt = torch.linalg.svd(basis.t() @ matrix, full_matrices=False)
+        u = basis @ u
+    kept = float(s[:rank].square().sum())
+    error = math.sqrt(max(0.0, 1.0 - kept / total)) if total else 0.0
+    up, down = balance_factors(u[:, :rank], s[:rank], vt[:rank])
+    return up, down, error

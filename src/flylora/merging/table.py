@@ -1,0 +1,173 @@
+"""Every way of merging: a name and what it does, one row each. To add one see docs/add_a_merge.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from ..errors import UserError
+from .config import MethodName
+from .methods import Update, sparsified_sum
+
+Result = Literal["codes", "matrix"]
+
+MatrixMerge = Callable[[Sequence[Update], Sequence[float], float], Tensor]
+"""From the inputs' updates, weights and density to one matrix."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of merging.
+
+    Attributes:
+        name: what users call it. summary: one line for tables and help. paper: where it comes from.
+        works_on: ``codes``: on the B_t', with every input's routing kept; ``matrix``: on the updates as matrices, so
+            that a routed input is approximated by its linear part, unless all inputs share A (then on B, routing kept).
+        exact: whether the merged output is exactly the weighted sum of the inputs' outputs.
+        normalises: whether the weights are divided by their sum.
+        calibrated: whether it needs statistics of each task's tokens.
+        density: default share of entries to keep, for the methods that prune.
+        combine: for ``matrix``: the function.
+        common_basis: for ``matrix``: whether the updates first get a common basis (KnOTS).
+    """
+
+    name: MethodName
+    summary: str
+    paper: str
+    works_on: Result
+    exact: bool = False
+    normalises: bool = True
+    calibrated: bool = False
+    density: float | None = None
+    combine: MatrixMerge | None = None
+    common_basis: bool = False
+
+
+def _sparsified(pruning: Literal["magnitude", "random"], elect_sign: bool) -> MatrixMerge:
+    return partial(_sparsified_sum, pruning=pruning, elect_sign=elect_sign)
+
+
+def _sparsified_sum(
+    updates: Sequence[Update],
+    weights: Sequence[float],
+    density: float,
+    *,
+    pruning: Literal["magnitude", "random"],
+    elect_sign: bool,
+) -> Tensor:
+    return sparsified_sum(updates, weights, density, pruning, elect_sign)
+
+
+_ROWS = (
+    Method(
+        name="average",
+        summary="weighted mean of the adapters' outputs, each with its own routing",
+        paper="FlyLoRA, Eq. 12 (with the routing kept)",
+        works_on="codes",
+        exact=True,
+    ),
+    Method(
+        name="sum",
+        summary="weighted sum of the adapters' outputs, each with its own routing (task arithmetic)",
+        paper="Ilharco et al., ICLR 2023, arXiv 2212.04089",
+        works_on="codes",
+        exact=True,
+        normalises=False,
+    ),
+    Method(
+        name="least_squares",
+        summary="the B that best gives each task's tokens what that task's adapter gives them, in closed form",
+        paper="ours; RegMean (Jin et al., ICLR 2023, arXiv 2212.09849) on routed codes",
+        works_on="codes",
+        calibrated=True,
+    ),
+    Method(
+        name="ties",
+        summary="largest entries of each update, averaged where signs agree",
+        paper="Yadav et al., NeurIPS 2023, arXiv 2306.01708",
+        works_on="matrix",
+        normalises=False,
+        density=0.2,
+        combine=_sparsified("magnitude", elect_sign=True),
+    ),
+    Method(
+        name="dare",
+        summary="random entries of each update, rescaled and summed",
+        paper="Yu et al., ICML 2024, arXiv 2311.03099",
+        works_on="matrix",
+        density=0.5,
+        combine=_sparsified("random", elect_sign=False),
+    ),
+    Method(
+        name="dare_ties",
+        summary="random entries of each update, rescaled and averaged where signs agree",
+        paper="Yu et al., ICML 2024, arXiv 2311.03099, with the sign election of TIES",
+        works_on="matrix",
+        normalises=False,
+        density=0.5,
+        combine=_sparsified("random", elect_sign=True),
+    ),
+    Method(
+        name="magnitude_prune",
+        summary="largest entries of each update, summed",
+        paper="pruning by magnitude before task arithmetic",
+        works_on="matrix",
+        density=0.5,
+        combine=_sparsified("magnitude", elect_sign=False),
+    ),
+    Method(
+        name="knots",
+        summary="TIES in the common singular basis of all updates",
+        paper="Stoica et al., ICLR 2025, arXiv 2410.19735",
+        works_on="matrix",
+        normalises=False,
+        density=0.2,
+        combine=_sparsified("magnitude", elect_sign=True),
+        common_basis=True,
+    ),
+)
+
+METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
+
+FACTOR_AVERAGE = (
+    "Averaging the factors A and B separately is not a merge of the updates: mean(B) mean(A) = (1/T^2) sum over i, j "
+    "of "
+    "B_i A_j, so that T - 1 of every T terms are cross terms of one task's B with another task's projection; use "
+    "average, "
+    "which is the true mean of the outputs (adapters that share a projection merge exactly in B there)."
+)
+
+
+def method(name: str) -> Method:
+    """The row of a method by its name.
+
+    Raises:
+        UserError: there is none, or it is refused on purpose.
+    """
+    if name == "factor_average":
+        raise UserError(FACTOR_AVERAGE)
+    if name not in METHODS:
+        raise UserError(f"Unknown merge method '{name}': choose one of {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+def effective_weights(row: Method, given: Sequence[float] | None, count: int) -> list[float]:
+    """w_t as they are applied: given ones or 1 each, divided by their sum where the method normalises.
+
+    Raises:
+        UserError: they must be divided by their sum, and it is 0.
+    """
+    weights = [1.0] * count if given is None else [float(weight) for weight in given]
+    if not row.normalises:
+        return weights
+    total = sum(weights)
+    if total == 0:
+        raise UserError(f"The weights {weights} sum to 0, so {row.name} cannot divide by it: use the method sum.")
+    return [weight / total for weight in weights]
+
+
+assert {*METHODS, "factor_average"} == set(get_args(MethodName))
