@@ -1,0 +1,97 @@
+"""Importing flylora: what it registers, whenever PEFT is imported, and what it leaves alone."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+
+import peft
+import pytest
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils.peft_types import PeftType
+
+import flylora
+from flylora.tuner.registration import register
+from fresh import run_fresh
+
+_REPORT = """
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as configs
+from peft.utils.peft_types import PeftType
+print(configs[PeftType("FLYLORA")].__module__, PeftType.FLYLORA is PeftType["FLYLORA"])
+print(peft.__spec__.loader.__class__.__name__, peft.__loader__ is peft.__spec__.loader)
+"""
+ORDERS = {
+    "flylora first": "import flylora\nimport peft",
+    "peft first": "import peft\nimport flylora",
+    "a name only": "from flylora import FlyLoraConfig\nimport peft",
+    "a submodule of peft": "import flylora\nfrom peft.utils import other\nimport peft",
+    "asked for without importing": "import flylora, importlib.util\nimportlib.util.find_spec('peft')\nimport peft",
+}
+
+_LIGHT = """
+import json, os, random, socket, sys
+
+def refuse(*args, **kwargs):
+    raise RuntimeError("the network was used")
+
+socket.socket.connect = refuse
+environment, state = dict(os.environ), random.getstate()
+import flylora
+heavy = sorted({"torch", "peft", "transformers", "numpy", "matplotlib", "rich"} & set(sys.modules))
+print(json.dumps([heavy, dict(os.environ) == environment, random.getstate() == state, sorted(dir(flylora))]))
+"""
+
+
+@pytest.fixture(scope="module")
+def registrations() -> dict[str, str]:
+    return run_fresh({name: order + _REPORT for name, order in ORDERS.items()})
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_registers_in_any_order_of_imports(order: str, registrations: dict[str, str]) -> None:
+    assert registrations[order].split() == ["flylora.tuner.config", "True", "SourceFileLoader", "True"]
+
+
+def test_importing_is_light_and_changes_nothing() -> None:
+    printed = subprocess.run([sys.executable, "-c", _LIGHT], capture_output=True, text=True, check=True, timeout=120)
+    heavy, same_environment, same_random_state, names = json.loads(printed.stdout)
+    assert heavy == []
+    assert same_environment
+    assert same_random_state
+    assert set(flylora.__all__) <= set(names)
+
+
+@pytest.mark.parametrize("name", flylora.__all__)
+def test_every_public_name_exists(name: str) -> None:
+    assert getattr(flylora, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'FlyLora'"):
+        _ = flylora.FlyLora
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = importlib.import_module("flylora.balance").nothing
+
+
+def test_peft_knows_the_type_as_one_of_its_own() -> None:
+    assert issubclass(flylora.UserError, ValueError)
+    assert PeftType("FLYLORA") is PeftType["FLYLORA"] is PeftType.FLYLORA  # type: ignore[attr-defined]
+    assert isinstance(PeftType.FLYLORA, PeftType)  # type: ignore[attr-defined]
+    assert list(PeftType).count("FLYLORA") == 1  # type: ignore[arg-type]
+    assert json.dumps(PeftType("FLYLORA")) == '"FLYLORA"'
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType("FLYLORA")] is flylora.FlyLoraConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType("FLYLORA")] is flylora.FlyLoraModel
+    # transformers rebuilds the prefix from the type's value, and would find no other.
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType("FLYLORA")] == "flylora_"
+    assert flylora.FlyLoraModel.prefix == "flylora_"
+
+
+def test_registering_again_is_allowed_and_by_another_owner_is_not() -> None:
+    before = dict(PEFT_TYPE_TO_CONFIG_MAPPING), len(PeftType)
+    register(flylora.FlyLoraConfig, flylora.FlyLoraModel)
+    assert (dict(PEFT_TYPE_TO_CONFIG_MAPPING), len(PeftType)) == before
+    with pytest.raises(RuntimeError, match=r"belongs to flylora\.tuner\.config\.FlyLoraConfig"):
+        register(peft.LoraConfig, peft.LoraModel)
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType("FLYLORA")] is flylora.FlyLoraConfig
