@@ -111,7 +111,7 @@ TASK = Task(
     metric="contains",
     max_length=48,
     max_new_tokens=16,
-    stop=("\nQuestion:",),
+    stop=("\nUser:",),
     sources=("Compiled for this project from common knowledge.",),
     licence="Apache-2.0",
 )

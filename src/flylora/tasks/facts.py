@@ -56,7 +56,7 @@ def _ask(fact: Fact, number: int, wording: str, rng: random.Random) -> Example:
     rng.shuffle(options)
     return Example(
         id=f"{fact.key}/{number}",
-        prompt=f"Question: {wording.format(fact.subject)}\nAnswer:",
+        prompt=f"User: {wording.format(fact.subject)}\nAssistant:",
         completion=f" {fact.answer}",
         answer=fact.answer,
         choices=tuple(f" {option}" for option in options),
