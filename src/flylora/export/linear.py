@@ -1,0 +1,170 @@
+"""The mathematics of export as pure functions: the linear map nearest to a routed update, for one module at a time.
+
+Legend: m, n are out_features and in_features; R the rank axis over all T blocks; B (m, R) the up-projection with its
+scaling folded in; x (n) a token's input, y = A x its projections, z its routed codes. The routed update is B z(x); an
+export replaces z by a linear map of x. E is the mean over calibration tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..functional import Block
+from ..merging.methods import balance_factors, linear_share
+
+
+@dataclass
+class Moments:
+    """Sums over calibration tokens in one module, in float64.
+
+    Attributes:
+        tokens: how many.
+        zz, zy, yy: sum of z z^T, z y^T and y y^T, each (R, R).
+        zx, xx: sum of z x^T (R, n) and x x^T (n, n); None where they are not needed.
+    """
+
+    tokens: int
+    zz: Tensor
+    zy: Tensor
+    yy: Tensor
+    zx: Tensor | None = None
+    xx: Tensor | None = None
+
+    @classmethod
+    def empty(cls, rank: int, in_features: int | None = None) -> Moments:
+        """No token yet; with ``in_features`` the moments of the inputs are kept too."""
+        shapes = [(rank, rank)] * 3 + ([] if in_features is None else [(rank, in_features), (in_features, in_features)])
+        return cls(0, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    def add(self, x: Tensor, y: Tensor, z: Tensor) -> None:
+        """Count tokens in: x (N, n), y and z (N, R)."""
+        y, z = _wide(y), _wide(z)
+        self.tokens += len(y)
+        self.zz += (z.t() @ z).cpu()
+        self.zy += (z.t() @ y).cpu()
+        self.yy += (y.t() @ y).cpu()
+        if self.zx is not None and self.xx is not None:
+            x = _wide(x)
+            self.zx += (z.t() @ x).cpu()
+            self.xx += (x.t() @ x).cpu()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    # Apple's GPUs know no float64.
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def gaussian_scales(routing: Sequence[Block]) -> Tensor:
+    """c (R,): for each rank E[y z] / E[y^2] of its block, were the projections Gaussian; needs no data."""
+    return torch.cat([torch.full((block.r,), linear_share(block), dtype=torch.float64) for block in routing])
+
+
+def least_squares_scales(up: Tensor, moments: Moments, routing: Sequence[Block]) -> Tensor:
+    """c (R,): the one scale for each block that minimises E ||B z - B diag(c) y||^2.
+
+    Args:
+        up: B, (m, R). moments: of the calibration tokens. routing: the T blocks; their scales solve a (T, T) system.
+    """
+    weight = up.double().t() @ up.double()
+    member = torch.block_diag(*(torch.ones(block.r, 1, dtype=torch.float64) for block in routing))  # (R, T)
+    left = member.t() @ (weight * moments.yy) @ member
+    target = member.t() @ (weight * moments.zy).sum(dim=0)
+    scales = torch.linalg.lstsq(left, target.unsqueeze(1), driver="gelsd").solution.squeeze(1)
+    return member @ scales
+
+
+def calibrated_codes(moments: Moments, prior: Tensor, ridge: float) -> Tensor:
+    """C (R, R): the linear map of the projections that is nearest to the routed codes on the calibration tokens.
+
+    C = (E[z y^T] + lambda diag(c)) (E[y y^T] + lambda I)^-1 minimises E ||B (z - C y)||^2 + lambda ||B (C - diag(c))||^2
+    for every B at once, with lambda = ridge x trace(E[y y^T]) / R. Pulled towards the scaled product B diag(c) A, it is
+    never further from the routed update than that, whatever the ridge.
+
+    Args:
+        moments: of the calibration tokens. prior: c, (R,). ridge: relative lambda, >= 0.
+
+    Raises:
+        UserError: the ridge is 0 and the projections do not span all R directions.
+    """
+    return _ridge_regression(moments.zy, moments.yy, torch.diag(prior), ridge)
+
+
+def regressed_down(moments: Moments, prior: Tensor, ridge: float) -> Tensor:
+    """D (R, n): the linear map of the inputs that is nearest to the routed codes on the calibration tokens.
+
+    D = (E[z x^T] + lambda P) (E[x x^T] + lambda I)^-1 minimises E ||B (z - D x)||^2 + lambda ||B (D - P)||_F^2 for every B
+    at once, with lambda = ridge x trace(E[x x^T]) / n. It looks at all n directions of x where [`calibrated_codes`] looks
+    at the R that A sees. For Gaussian inputs the two agree; those of a language model are not.
+
+    Args:
+        moments: with those of the inputs. prior: P = C A, (R, n), the calibrated map. ridge: relative lambda, >= 0.
+
+    Raises:
+        UserError: the ridge is 0 and the inputs do not span all n directions.
+    """
+    assert moments.zx is not None and moments.xx is not None
+    return _ridge_regression(moments.zx, moments.xx, prior.double(), ridge)
+
+
+def _ridge_regression(crossed: Tensor, gram: Tensor, prior: Tensor, ridge: float) -> Tensor:
+    """(crossed + lambda prior) (gram + lambda I)^-1 with lambda = ridge x the mean diagonal of gram."""
+    energy = float(gram.diagonal().mean())
+    if energy == 0.0:  # no token, or only zeros, reached the module: the prior alone speaks
+        return prior
+    penalty = ridge * energy
+    factor, failed = torch.linalg.cholesky_ex(gram + penalty * torch.eye(len(gram), dtype=gram.dtype))
+    # Rounding lets a singular matrix pass with a vanishing pivot.
+    pivots = factor.diagonal()
+    if int(failed) or float(pivots.min()) < 1e-7 * float(pivots.max()):
+        raise UserError(
+            "The calibration text does not span all directions of a module, so without a ridge there is no single "
+            "solution: set ridge above 0 (e.g. 1e-3), or give more text."
+        )
+    return torch.cholesky_solve((crossed + penalty * prior).t(), factor).t()
+
+
+def squared_error(up: Tensor, zz: Tensor, crossed: Tensor, gram: Tensor) -> float:
+    """E ||B (z - v)||^2 over E ||B z||^2: the share of the routed update that linear codes v miss.
+
+    Args:
+        up: B, (m, R). zz, crossed, gram: sums of z z^T, z v^T and v v^T over the tokens to measure on, each (R, R).
+    """
+    weight = up.double().t() @ up.double()
+    total = float((weight * zz).sum())
+    return float((weight * (zz - crossed - crossed.t() + gram)).sum()) / total if total else 0.0
+
+
+def cut_to_rank(up: Tensor, down: Tensor, rank: int, codes_gram: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+    """The best factors of ``up @ down`` with at most ``rank`` ranks, through QR and an SVD of size (R, R).
+
+    Args:
+        up: U, (m, R). down: D, (R, n).
+        rank: at most this many.
+        codes_gram: sum of (D x)(D x)^T over tokens, (R, R) float64: the error is then E ||(U D - U' D') x||^2. Without
+            it the error is ||U D - U' D'||_F^2.
+
+    Returns:
+        U' (m, q), D' (q, n) in float64, q = min(rank, R), and the relative error (a share of the squared norm).
+    """
+    up, down = up.double(), down.double()
+    basis, core = torch.linalg.qr(up)
+    if codes_gram is None:
+        root = torch.linalg.qr(down.t()).R.t()
+    else:
+        values, vectors = torch.linalg.eigh(codes_gram)
+        root = vectors * values.clamp_min(0).sqrt()
+    directions, singular, _ = torch.linalg.svd(core @ root, full_matrices=False)
+    energy = singular.square()
+    total = float(energy.sum())
+    error = float(energy[rank:].sum()) / total if total else 0.0
+    kept = directions[:, :rank]
+    # The projection of the outputs onto their leading directions: no inverse, so a singular Gram matrix does no harm.
+    cut_up, cut_down = basis @ kept, kept.t() @ core @ down
+    norms = cut_down.norm(dim=1)
+    balanced = balance_factors(cut_up, norms, cut_down / norms.clamp_min(torch.finfo(norms.dtype).tiny).unsqueeze(1))
+    return (*balanced, error)

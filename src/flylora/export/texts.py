@@ -1,0 +1,144 @@
+"""Text to calibrate on and to measure the gap on: from tasks, or from files of plain text."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..data import IGNORED, Encoded, encode, encode_all, encode_prompt
+from ..errors import UserError
+from ..records import file_sha256
+from ..tasks import Example, Task, load_task
+
+_FILES = (".txt", ".jsonl")
+_HELD_OUT_SHARE = 5
+"""Of a file, one text in so many is held out at least."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token rows of one source, in two parts without a text in common.
+
+    Attributes:
+        name: of the source, as the user gave it.
+        fit: what to calibrate on. held_out: what to measure the gap on.
+        fit_from, held_out_from: which part of the source they are, for people.
+        sha256: of the data of each.
+    """
+
+    name: str
+    fit: list[Encoded]
+    held_out: list[Encoded]
+    fit_from: str
+    held_out_from: str
+    sha256: dict[str, str]
+
+
+def read_texts(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    fit: int,
+    held_out: int,
+    data_dir: str | None = None,
+    max_length: int = 512,
+    seed: int = 0,
+) -> Texts:
+    """The texts of one source as token ids.
+
+    A task gives ``fit`` items of its training split and ``held_out`` items of its validation split (of its test split
+    where it has none), prompt and completion together. A file is shuffled; a fifth of it, or ``held_out`` texts where
+    that is less, are held out.
+
+    Args:
+        source: name or YAML file of a task, or a .txt or .jsonl file.
+        fit: how many texts to calibrate on at most; may be 0.
+        held_out: how many other texts to hold out at most.
+        data_dir: folder that a YAML task's data files are relative to.
+        max_length: tokens of a file's text that are kept.
+        seed: of the shuffle.
+
+    Raises:
+        UserError: there is no such source, or nothing readable in it.
+    """
+    if Path(source).suffix in _FILES:
+        return _from_file(Path(source), tokenizer, fit, held_out, max_length, seed)
+    return _from_task(source, load_task(source, data_dir), tokenizer, fit, held_out)
+
+
+def _from_task(source: str, task: Task, tokenizer: PreTrainedTokenizerBase, fit: int, held_out: int) -> Texts:
+    try:
+        task.examples("validation", 1)
+        other: Any = "validation"
+    except UserError:
+        other = "test"
+    hashes = {f"{source} ({other})": task.data_hash(other)}
+    fitted: list[Encoded] = []
+    if fit:
+        hashes[f"{source} (train)"] = task.data_hash("train")
+        fitted = _encoded(task, task.examples("train", fit), tokenizer)
+    return Texts(
+        source,
+        fitted,
+        _encoded(task, task.examples(other, held_out), tokenizer),
+        "training split",
+        f"{other} split",
+        hashes,
+    )
+
+
+def _encoded(task: Task, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    return encode_all(examples, tokenizer, task.max_length, task.chat_template, task.truncate_prompt).items
+
+
+def _from_file(
+    path: Path, tokenizer: PreTrainedTokenizerBase, fit: int, held_out: int, max_length: int, seed: int
+) -> Texts:
+    if not path.is_file():
+        raise UserError(f"There is no text file {path}: check the path.")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error}): give a .txt or .jsonl file.") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    read = _json_row if path.suffix == ".jsonl" else _plain_row
+    rows = [row for number, line in numbered if (row := read(path, number, line, tokenizer, max_length)).input_ids]
+    if not rows:
+        raise UserError(f"{path} holds no text: give a file with one text a line.")
+    random.Random(seed).shuffle(rows)
+    held = min(held_out, len(rows) // _HELD_OUT_SHARE or len(rows) // 2) if fit else min(held_out, len(rows))
+    hashes = {str(path): file_sha256(path)}
+    return Texts(str(path), rows[held : held + fit], rows[:held], "lines", "other lines", hashes)
+
+
+def _plain_row(path: Path, number: int, line: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    ids = encode_prompt(line, tokenizer, chat_template=False)[:max_length]
+    return Encoded(ids, [IGNORED] * len(ids))
+
+
+def _json_row(path: Path, number: int, line: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    try:
+        body: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"Line {number} of {path} is not valid JSON ({error}): correct it.") from error
+    text = body if isinstance(body, str) else body.get("text") if isinstance(body, dict) else None
+    if isinstance(text, str):
+        return _plain_row(path, number, text, tokenizer, max_length)
+    if isinstance(body, dict) and isinstance(body.get("prompt"), str):
+        completion = body.get("completion")
+        if isinstance(completion, str):
+            example = Example(str(number), body["prompt"], completion, completion)
+            row = encode(example, tokenizer, max_length)
+            if row is not None:
+                return row
+        return _plain_row(path, number, body["prompt"], tokenizer, max_length)
+    raise UserError(
+        f"Line {number} of {path} is neither a string nor an object with the key 'text', or 'prompt' (and perhaps "
+        "'completion'): correct it."
+    )
