@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from jsonargparse import ArgumentParser
 from flylora import __version__
 from flylora.errors import UserError
 from flylora.evaluation.config import EvalConfig
+from flylora.export.config import ExportConfig
 from flylora.training.config import TrainConfig
 from flylora.training.interrupt import TrainingInterrupted
 
@@ -51,6 +53,13 @@ def _eval(config: EvalConfig) -> None:
     show_evaluation(evaluate(config))
 
 
+def _export(config: ExportConfig) -> None:
+    from flylora.export import export
+    from flylora.export.show import show_export
+
+    show_export(export(config))
+
+
 def _inspect(config: InspectConfig) -> None:
     from rich import print as show
 
@@ -72,6 +81,7 @@ class _Command:
 COMMANDS = {
     "train": _Command(TrainConfig, _train, "train an adapter on a task"),
     "eval": _Command(EvalConfig, _eval, "evaluate a model, with or without an adapter, on a task"),
+    "export": _Command(ExportConfig, _export, "write an adapter as a plain LoRA or as full weights", "adapter"),
     "inspect": _Command(InspectConfig, _inspect, "show what a saved adapter is", positional="adapter"),
 }
 
@@ -113,11 +123,10 @@ def parse(argv: Sequence[str]) -> tuple[_Command, Any]:
     subcommands = parser.add_subcommands(required=True, dest="command", title="commands", metavar="COMMAND")
     for name, command in COMMANDS.items():
         subparser = ArgumentParser(description=f"{command.help.capitalize()}.", exit_on_error=False)
-        if command.positional is None:
-            subparser.add_argument("--config", action="config", help="YAML file with any of these options")
-            subparser.add_class_arguments(command.config)
-        else:
+        subparser.add_argument("--config", action="config", help="YAML file with any of these options")
+        if command.positional is not None:
             subparser.add_argument(command.positional, type=str)
+        subparser.add_class_arguments(command.config, skip={command.positional} if command.positional else None)
         subcommands.add_subcommand(name, subparser, help=command.help)
     chosen = parser.parse_args(_as_jsonargparse_spells(list(argv)))
     command = COMMANDS[chosen["command"]]
@@ -126,17 +135,24 @@ def parse(argv: Sequence[str]) -> tuple[_Command, Any]:
 
 
 def _as_jsonargparse_spells(argv: list[str]) -> list[str]:
-    """--max-length as --max_length, and a bare --resume as --resume=true."""
+    """--max-length as --max_length, a bare --resume as --resume=true, and --evaluate a b as --evaluate=["a", "b"]."""
     command = COMMANDS.get(next((word for word in argv if not word.startswith("-")), ""))
-    flags = {f.name for f in dataclasses.fields(command.config) if "bool" in str(f.type)} if command else set()
-    spelled = []
-    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+    types = {f.name: str(f.type) for f in dataclasses.fields(command.config)} if command else {}
+    spelled, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
         option = re.match(r"--[\w.-]+", word)
         if option:
             name = option[0][2:].replace("-", "_")
             word = f"--{name}{word[option.end() :]}"
-            if word[2:] in flags and following not in ("true", "false", "null"):
+            kind = types.get(word[2:], "")
+            if "bool" in kind and not (rest and rest[0] in ("true", "false", "null")):
                 word += "=true"
+            elif kind.startswith("list") and rest and not rest[0].startswith(("-", "[")):
+                values = []
+                while rest and not rest[0].startswith("-"):
+                    values.append(rest.pop(0))
+                word += f"={json.dumps(values)}"
         spelled.append(word)
     return spelled
 

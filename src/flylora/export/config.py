@@ -86,6 +86,6 @@ class ExportConfig:
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f"{name} is {value}, but must be a finite number above 0.")
         if self.rank is not None and self.to == "full":
-            raise UserError("rank limits a LoRA, and a full model has no such limit: leave rank out, or export to lora.")
+            raise UserError("rank limits a LoRA and a full model has no such limit: leave it out, or export to lora.")
         if self.save_dtype != "auto" and self.to == "lora":
             raise UserError("save_dtype is for full models, a LoRA is always written in float32: leave it out.")

@@ -20,7 +20,6 @@ from .linear import (
     squared_error,
 )
 
-
 RIDGES = {"calibrated": 1e-3, "regression": 1e-1}
 """The ridge of each method where none is given; measured, see docs/export.md."""
 
@@ -50,14 +49,14 @@ def check_method(adapter: SavedAdapter, method: Method, has_text: bool, rank: in
     linear = all(adapter.small(module).is_linear for module in adapter.modules)
     if not linear and method != "dense" and not has_text:
         raise UserError(
-            f"{adapter.path} routes (k < r), so the method {method} needs text to fit a linear map to it: name a task or "
-            "a text file with --calibrate, or choose --method dense."
+            f"{adapter.path} routes (k < r), so the method {method} needs text to fit a linear map to it: name a "
+            "task or a text file with --calibrate, or choose --method dense."
         )
     largest = max(adapter.rank(module) for module in adapter.modules)
     if rank is not None and rank > largest:
         raise UserError(
-            f"rank is {rank}, but {adapter.path} has rank {largest} and its LoRA cannot use more: give at most {largest}, "
-            "or leave rank out."
+            f"rank is {rank}, but {adapter.path} has rank {largest} and its LoRA cannot use more: give at most "
+            f"{largest}, or leave rank out."
         )
     return linear
 
@@ -104,10 +103,15 @@ def _fitted(
     scales = least_squares_scales(up, moments, factors.routing)
     dense = torch.diag(scales)
     errors = {"dense": squared_error(up, moments.zz, moments.zy @ dense, dense @ moments.yy @ dense)}
-    codes = dense if method == "dense" else calibrated_codes(moments, scales, RIDGES["calibrated"] if ridge is None else ridge)
+    codes = (
+        dense
+        if method == "dense"
+        else calibrated_codes(moments, scales, RIDGES["calibrated"] if ridge is None else ridge)
+    )
     fitted, crossed, gram = codes @ down, moments.zy @ codes.t(), codes @ moments.yy @ codes.t()
     if method == "regression":
-        assert moments.zx is not None and moments.xx is not None
+        assert moments.zx is not None
+        assert moments.xx is not None
         fitted = regressed_down(moments, codes @ down, RIDGES["regression"] if ridge is None else ridge)
         crossed, gram = moments.zx @ fitted.t(), fitted @ moments.xx @ fitted.t()
     errors["fit"] = squared_error(up, moments.zz, crossed, gram)

@@ -81,7 +81,10 @@ def least_squares_scales(up: Tensor, moments: Moments, routing: Sequence[Block])
 def calibrated_codes(moments: Moments, prior: Tensor, ridge: float) -> Tensor:
     """C (R, R): the linear map of the projections that is nearest to the routed codes on the calibration tokens.
 
-    C = (E[z y^T] + lambda diag(c)) (E[y y^T] + lambda I)^-1 minimises E ||B (z - C y)||^2 + lambda ||B (C - diag(c))||^2
+    C = (E[z y^T] + lambda diag(c)) (E[y y^T] + lambda I)^-1 minimises
+
+        E ||B (z - C y)||^2 + lambda ||B (C - diag(c))||_F^2
+
     for every B at once, with lambda = ridge x trace(E[y y^T]) / R. Pulled towards the scaled product B diag(c) A, it is
     never further from the routed update than that, whatever the ridge.
 
@@ -97,9 +100,12 @@ def calibrated_codes(moments: Moments, prior: Tensor, ridge: float) -> Tensor:
 def regressed_down(moments: Moments, prior: Tensor, ridge: float) -> Tensor:
     """D (R, n): the linear map of the inputs that is nearest to the routed codes on the calibration tokens.
 
-    D = (E[z x^T] + lambda P) (E[x x^T] + lambda I)^-1 minimises E ||B (z - D x)||^2 + lambda ||B (D - P)||_F^2 for every B
-    at once, with lambda = ridge x trace(E[x x^T]) / n. It looks at all n directions of x where [`calibrated_codes`] looks
-    at the R that A sees. For Gaussian inputs the two agree; those of a language model are not.
+    D = (E[z x^T] + lambda P) (E[x x^T] + lambda I)^-1 minimises
+
+        E ||B (z - D x)||^2 + lambda ||B (D - P)||_F^2
+
+    for every B at once, with lambda = ridge x trace(E[x x^T]) / n. It looks at all n directions of x, where
+    [`calibrated_codes`] looks at the R that A sees. For Gaussian inputs the two agree; a language model's are not.
 
     Args:
         moments: with those of the inputs. prior: P = C A, (R, n), the calibrated map. ridge: relative lambda, >= 0.
@@ -107,7 +113,8 @@ def regressed_down(moments: Moments, prior: Tensor, ridge: float) -> Tensor:
     Raises:
         UserError: the ridge is 0 and the inputs do not span all n directions.
     """
-    assert moments.zx is not None and moments.xx is not None
+    assert moments.zx is not None
+    assert moments.xx is not None
     return _ridge_regression(moments.zx, moments.xx, prior.double(), ridge)
 
 

@@ -134,5 +134,6 @@ def base_layer(module: nn.Module) -> nn.Module:
 def features(module: nn.Module) -> tuple[int, int]:
     """(n, m) of a linear layer or Conv1D, with or without an adapter around it."""
     n, m = _get_in_out_features(base_layer(module))
-    assert n is not None and m is not None
+    if n is None or m is None:
+        raise UserError(f"A {type(base_layer(module)).__name__} is no linear layer, so its adapter cannot be exported.")
     return int(n), int(m)

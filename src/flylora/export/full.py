@@ -1,0 +1,96 @@
+"""Writing an export as a complete model folder: the update added to the base model's weights, in place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UserError
+from ..merging.engine import progress
+from ..models import first_line
+from ..records import saving
+from .config import SaveDType
+from .factors import LinearFactors
+from .moments import adapted_modules
+
+
+def add_updates(model: nn.Module, factors: Sequence[LinearFactors], quiet: bool = False) -> None:
+    """W <- W + U D in every module, one module at a time, summed in float32 (or wider) and kept in the dtype of W.
+
+    Args:
+        model: the base model, without adapters; changed in place. factors: of every adapted module.
+        quiet: show no progress.
+
+    Raises:
+        UserError: a weight is quantized, shared with another module, or of another shape; nothing has changed then.
+    """
+    modules = adapted_modules(model, [found.name for found in factors])
+    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for found in factors:
+        _check(found, modules[found.name], holders)
+    with progress("adding updates", len(factors), quiet) as advance, torch.no_grad():
+        for found in factors:
+            module = modules[found.name]
+            weight = module.weight
+            assert isinstance(weight, torch.Tensor)
+            delta = (found.up @ found.down).to(weight.device)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            weight.copy_(weight.to(wide).add_(delta.t() if isinstance(module, Conv1D) else delta))
+            advance(1)
+
+
+def _check(found: LinearFactors, module: nn.Module, holders: Counter[int]) -> None:
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, (nn.Linear, Conv1D)) or weight is None or not weight.is_floating_point():
+        raise UserError(
+            f"{found.name} is a {type(module).__name__} whose weight no update can be added to: export on the "
+            "unquantized base model, or to lora."
+        )
+    if holders[id(weight)] > 1:
+        raise UserError(
+            f"The weight of {found.name} is shared with another module, which the update is not meant for: export to "
+            "lora instead."
+        )
+    shape = (found.up.shape[0], found.down.shape[1])
+    expected = tuple(weight.t().shape) if isinstance(module, Conv1D) else tuple(weight.shape)
+    if shape != expected:
+        raise UserError(
+            f"{found.name} is {expected[0]} x {expected[1]} in the base model and {shape[0]} x {shape[1]} in the "
+            "adapter: give the base model that the adapter was trained on."
+        )
+
+
+def write_full(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    save_dtype: SaveDType,
+    shard_gb: float,
+) -> None:
+    """Write a model folder: config, generation config, sharded safetensors, tokenizer and chat template.
+
+    Beyond the model itself no more than one shard is in memory.
+
+    Args:
+        folder: an existing folder. model, tokenizer: what to write; the model is cast in place.
+        save_dtype: of the weights; ``auto`` leaves them as they are. shard_gb: largest file in GB.
+
+    Raises:
+        UserError: the model's own settings cannot be saved, or the disk is full.
+    """
+    if save_dtype != "auto":
+        model.to(getattr(torch, save_dtype))
+    with saving(folder):
+        try:
+            model.save_pretrained(folder, max_shard_size=int(shard_gb * 1e9))
+            tokenizer.save_pretrained(folder)
+        except ValueError as error:
+            raise UserError(
+                f"The base model cannot be saved ({first_line(error)}): correct the file that this names in its folder."
+            ) from error
