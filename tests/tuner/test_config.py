@@ -1,0 +1,170 @@
+"""The configuration: what it refuses and in which words, what it means, and that it survives a file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftConfig, get_peft_model
+
+from flylora import FlyLoraConfig, UserError
+from flylora.tuner.config import FORMAT_VERSION
+from tiny_models import config, layers, llama, mlp, randomize
+
+BLOCK = {"r": 4, "k": 2, "projection_seed": 0, "density": 0.5}
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"r": 4, "k": 8}, r"k is 8 but r is 4: .*k <= r"),
+    ({"r": 0}, r"r is 0, but must be a whole number of at least 1"),
+    ({"r": 8.0}, r"r is 8\.0, but must be a whole number"),
+    ({"r": True}, r"r is True, but must be a whole number"),
+    ({"k": 0}, r"k is 0, but must be a whole number of at least 1"),
+    ({"k": -1}, r"k is -1, but must be a whole number"),
+    ({"density": 0.0}, r"density is 0\.0, .*\(0, 1\].*None for k / r"),
+    ({"density": 1.5}, r"density is 1\.5, .*\(0, 1\]"),
+    ({"density": float("nan")}, r"density is nan"),
+    ({"alpha": float("inf")}, r"alpha is inf, but must be a finite number"),
+    ({"dropout": 1.0}, r"dropout is 1\.0, but a probability in \[0, 1\)"),
+    ({"dropout": -0.1}, r"dropout is -0\.1"),
+    ({"balance_rate": -1e-3}, r"balance_rate is -0\.001, .*>= 0"),
+    ({"balance_rate": float("nan")}, r"balance_rate is nan"),
+    ({"projection_seed": 1.5}, r"projection_seed is 1\.5, but must be an integer"),
+    ({"projection_seed": None}, r"projection_seed is None"),
+    ({"selection": "topk"}, r"selection is 'topk', .*'magnitude', 'signed', 'biased_magnitude', 'random', 'all'"),
+    ({"projection_init": "normal"}, r"projection_init is 'normal', .*'gaussian', 'rademacher'"),
+    ({"balance": "auxloss"}, r"balance is 'auxloss', but must be one of 'loss_free', 'none'"),
+    ({"balance": "aux_loss"}, r"balance is 'aux_loss' \(aux_loss is not available yet\)"),
+    ({"bias": "all"}, r"bias is 'all', but must be one of 'none'"),
+    ({"rank_pattern": {"q_proj": 4}}, r"rank_pattern sets r to 4 for 'q_proj', below k = 8"),
+    ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] is 0"),
+    (
+        {"target_modules": ".*q", "layers_to_transform": 0},
+        r"layers_to_transform cannot be combined .* regular",
+    ),
+    ({"target_modules": ".*q", "layers_pattern": "h"}, r"layers_pattern cannot be combined"),
+    ({"target_modules": ["q"], "layers_pattern": "h"}, r"layers_pattern is given without layers_to_transform"),
+    ({"format_version": FORMAT_VERSION + 1}, r"format version 2, .*upgrade flylora"),
+    ({"blocks": []}, r"blocks is empty"),
+    ({"blocks": [{**BLOCK, "k": 5}]}, r"k = 5 above its r = 4"),
+    ({"blocks": [{**BLOCK, "rho": 1}]}, r"unknown fields \['rho'\]"),
+    ({"blocks": [{"r": 4, "k": 2}]}, r"lacks \['density', 'projection_seed'\]"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[str(changes) for changes, _ in REFUSED])
+def test_what_cannot_be_meant_is_refused_in_one_sentence(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        FlyLoraConfig(**changes)
+    assert isinstance(caught.value, ValueError)
+    assert "\n" not in str(caught.value)
+
+
+def test_defaults_are_the_papers() -> None:
+    plain = FlyLoraConfig()
+    assert (plain.r, plain.k, plain.selection, plain.balance, plain.balance_rate) == (
+        32,
+        8,
+        "magnitude",
+        "loss_free",
+        1e-3,
+    )
+    assert plain.scaling_at("any") == 2.0  # alpha = 2 r
+    (block,) = plain.blocks_at("any")
+    assert block.density == 0.25
+    assert block.nonzeros(576) == 144
+
+
+def test_alpha_zero_is_respected() -> None:
+    assert FlyLoraConfig(alpha=0).scaling_at("any") == 0.0
+    base = mlp()
+    x = torch.randn(4, 12)
+    expected = base(x)
+    model = randomize(get_peft_model(base, config(alpha=0, target_modules=["0"])))
+    assert layers(model)[0].flylora_B["default"].any()
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize(("r", "k", "n", "p"), [(6, 4, 9, 6), (32, 8, 12, 3), (7, 3, 100, 43), (64, 1, 10, 1)])
+def test_density_is_k_over_r_even_where_k_does_not_divide_r(r: int, k: int, n: int, p: int) -> None:
+    (block,) = FlyLoraConfig(r=r, k=k).blocks_at("any")
+    assert block.nonzeros(n) == p
+
+
+def test_rank_pattern_moves_density_and_scaling_along() -> None:
+    pattern = FlyLoraConfig(r=8, k=4, rank_pattern={"v_proj": 16, r"layers\.1\.q_proj": 4})
+    found = {name: pattern.blocks_at(f"model.layers.1.{name}")[0] for name in ("q_proj", "v_proj", "k_proj")}
+    assert {name: (block.r, block.k, block.density) for name, block in found.items()} == {
+        "q_proj": (4, 4, 1.0),
+        "v_proj": (16, 4, 0.25),
+        "k_proj": (8, 4, 0.5),
+    }
+    assert FlyLoraConfig(r=8, k=4, alpha=16, rank_pattern={"v_proj": 16}).scaling_at("a.v_proj") == 1.0
+    assert pattern.scaling_at("a.v_proj") == 2.0
+    given = FlyLoraConfig(r=8, k=4, density=0.5, rank_pattern={"v_proj": 16})
+    assert given.blocks_at("a.v_proj")[0].density == 0.5
+    model = get_peft_model(llama(), config(rank_pattern={"v_proj": 12}, target_modules=["q_proj", "v_proj"]))
+    assert {layer.module_name.rpartition(".")[2]: layer.flylora_B["default"].shape[1] for layer in layers(model)} == {
+        "q_proj": 8,
+        "v_proj": 12,
+    }
+
+
+def test_layer_zero_is_a_layer() -> None:
+    model = get_peft_model(llama(), config(target_modules=["q_proj"], layers_to_transform=0))
+    assert [layer.module_name for layer in layers(model)] == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_blocks_set_the_total_ranks() -> None:
+    merged = FlyLoraConfig(blocks=[BLOCK, {**BLOCK, "r": 6, "k": 1, "projection_seed": 3}], alpha=20)
+    assert (merged.r, merged.k, merged.scaling_at("any")) == (10, 3, 2.0)
+    assert [block.projection_seed for block in merged.blocks_at("any")] == [0, 3]
+
+
+def test_a_config_survives_its_file(tmp_path: Path) -> None:
+    original = FlyLoraConfig(
+        r=12,
+        k=3,
+        alpha=0.5,
+        dropout=0.1,
+        density=0.3,
+        projection_seed=7,
+        projection_init="rademacher",
+        selection="signed",
+        balance="none",
+        balance_rate=0.5,
+        save_projection=True,
+        target_modules=["q_proj", "v_proj"],
+        exclude_modules=["x"],
+        layers_to_transform=[0, 1],
+        layers_pattern="layers",
+        rank_pattern={"v_proj": 5},
+        modules_to_save=["score"],
+        in_features={"q_proj": 32},
+    )
+    original.save_pretrained(str(tmp_path))
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["peft_type"] == "FLYLORA"
+    assert written["format_version"] == FORMAT_VERSION == 1
+    loaded = PeftConfig.from_pretrained(str(tmp_path))
+    assert type(loaded) is FlyLoraConfig
+    different = [f.name for f in fields(original) if getattr(original, f.name) != getattr(loaded, f.name)]
+    assert different in ([], ["inference_mode"])  # written as a config for inference
+
+
+def test_a_file_of_a_newer_format_is_refused(tmp_path: Path) -> None:
+    FlyLoraConfig().save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
+    with pytest.raises(UserError, match="format version 99"):
+        PeftConfig.from_pretrained(str(tmp_path))
+
+
+def test_every_field_of_ours_carries_its_help() -> None:
+    own = {field.name for field in fields(FlyLoraConfig)} - {field.name for field in fields(PeftConfig)}
+    helps = {field.name: field.metadata.get("help") for field in fields(FlyLoraConfig) if field.name in own}
+    assert {"r", "k", "alpha", "density", "selection", "balance_rate", "modules_to_save"} <= own
+    assert all(helps.values())

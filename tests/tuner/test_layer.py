@@ -1,0 +1,536 @@
+"""One adapted layer: its sums against the reference, the path it takes, what it keeps, what it survives."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from transformers.pytorch_utils import Conv1D
+
+from flylora import FlyLoraLinear, UserError, functional
+from flylora.tuner.layer import canonical_name
+from reference import flylora as reference
+from tiny_models import assert_same, config, layers, llama, mlp, randomize, seeded, snapshot, tokens
+
+
+def adapted(base: nn.Module, **changes: Any) -> tuple[nn.Module, FlyLoraLinear]:
+    """A model of the one layer, and that layer with a trained-looking adapter."""
+    model = randomize(get_peft_model(nn.Sequential(base), config(target_modules=["0"], **changes)))
+    return model.train(), layers(model)[0]
+
+
+def linear(n: int = 12, m: int = 10, bias: bool = True) -> nn.Linear:
+    return seeded(lambda: nn.Linear(n, m, bias=bias))
+
+
+def grid(*shape: int, seed: int = 0) -> Tensor:
+    """Numbers that every floating type holds exactly."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul(16).round().clamp(-120, 120).div(16)
+
+
+def reference_block(layer: FlyLoraLinear, adapter: str = "default") -> reference.Block:
+    (block,) = layer.block_configs[adapter]
+    return reference.Block(
+        layer.flylora_A[adapter].double().tolist(),
+        layer.flylora_B[adapter].double().tolist(),
+        layer.flylora_d[adapter].tolist(),
+        block.k,
+        layer.scaling[adapter],
+        block.selection,
+        block.balance_rate,
+    )
+
+
+def expected_of(layer: FlyLoraLinear, x: Tensor, grad: Tensor, adapters: list[str]) -> reference.Result:
+    base = layer.get_base_layer()
+    weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+    bias = None if base.bias is None else base.bias.double().tolist()
+    blocks = [reference_block(layer, name) for name in adapters]
+    return reference.run(x.double().tolist(), weight.double().tolist(), bias, blocks, grad.double().tolist())
+
+
+def close(actual: Tensor | None, wanted: Any, tolerance: float = 1e-4) -> None:
+    assert actual is not None
+    torch.testing.assert_close(actual.double(), torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=tolerance)
+
+
+@pytest.fixture
+def path(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which of the two functions each adapter went through."""
+    taken: list[str] = []
+
+    def watch(name: str) -> None:
+        original: Callable[..., Tensor] = getattr(functional, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Tensor:
+            taken.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(functional, name, watched)
+
+    watch("routed_linear")
+    watch("routed_update")
+    return taken
+
+
+FUSED, SEPARATE = ["routed_linear"], ["routed_update"]
+
+# --- sums ----------------------------------------------------------------------------------------------------
+
+
+def conv1d(n: int = 12, m: int = 10) -> Conv1D:
+    layer = seeded(lambda: Conv1D(m, n))
+    with torch.no_grad():
+        layer.weight.mul_(20)
+        layer.bias.copy_(torch.linspace(-1, 1, m))
+    return layer
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["fused", "separate"])
+@pytest.mark.parametrize("make", [linear, lambda: linear(bias=False), conv1d], ids=["linear", "no_bias", "conv1d"])
+@pytest.mark.parametrize("selection", ["magnitude", "signed", "all"])
+def test_output_and_gradients_equal_the_reference(
+    make: Callable[[], nn.Module], selection: str, separate: bool, path: list[str]
+) -> None:
+    model, layer = adapted(make(), selection=selection)
+    if separate:
+        layer.get_base_layer().register_forward_hook(lambda *_: None)
+    x, grad = torch.randn(7, 12, requires_grad=True), torch.randn(7, 10)
+    wanted = expected_of(layer, x.detach(), grad, ["default"])
+    out = model(x)
+    out.backward(grad)
+    close(out.detach(), wanted.output)
+    close(x.grad, wanted.grad_x)
+    close(layer.flylora_B["default"].grad, wanted.grad_B[0])
+    assert path == (SEPARATE if separate else FUSED)
+
+
+def test_active_adapters_add_up(path: list[str]) -> None:
+    model, layer = adapted(linear())
+    model.add_adapter("second", config(target_modules=["0"], r=6, k=3, projection_seed=5, alpha=3))
+    model.add_adapter("idle", config(target_modules=["0"], projection_seed=6))
+    randomize(model, "second", 3)
+    randomize(model, "idle", 4)
+    model.base_model.set_adapter(["default", "second"])
+    x, grad = torch.randn(7, 12, requires_grad=True), torch.randn(7, 10)
+    wanted = expected_of(layer, x.detach(), grad, ["default", "second"])
+    out = model(x)
+    out.backward(grad)
+    assert path == FUSED + SEPARATE
+    close(out.detach(), wanted.output)
+    close(x.grad, wanted.grad_x)
+    close(layer.flylora_B["default"].grad, wanted.grad_B[0])
+    close(layer.flylora_B["second"].grad, wanted.grad_B[1])
+    assert layer.flylora_B["idle"].grad is None
+    model.set_adapter("second")
+    close(model(x).detach(), expected_of(layer, x.detach(), grad, ["second"]).output)
+    with model.disable_adapter():
+        assert torch.equal(model(x), layer.get_base_layer()(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make", [linear, conv1d], ids=["linear", "conv1d"])
+def test_a_new_adapter_changes_nothing_bit_for_bit(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+    base = make().to(dtype)
+    x = torch.randn(4, 5, 12).to(dtype)
+    expected = base(x)
+    model = get_peft_model(nn.Sequential(base), config(target_modules=["0"]))
+    assert torch.equal(model.train()(x), expected)
+    assert torch.equal(model.eval()(x), expected)
+    assert model(x).dtype == dtype
+
+
+def test_a_trainable_base_gets_its_gradients(path: list[str]) -> None:
+    model, layer = adapted(linear())
+    base = layer.get_base_layer()
+    x, grad = torch.randn(7, 12, requires_grad=True), torch.randn(7, 10)
+    wanted = expected_of(layer, x.detach(), grad, ["default"])
+    for trained in (["weight", "bias"], ["bias"]):
+        base.requires_grad_(False)
+        for name in trained:
+            getattr(base, name).requires_grad_(True)
+        model.zero_grad()
+        x.grad = None
+        model(x).backward(grad)
+        close(base.bias.grad, wanted.grad_bias)
+        if "weight" in trained:
+            close(base.weight.grad, wanted.grad_weight)
+        close(x.grad, wanted.grad_x)
+    assert path == SEPARATE * 2
+
+
+def test_dropout_drops_the_adapters_input_alone(path: list[str]) -> None:
+    model, layer = adapted(linear(), dropout=0.5)
+    x, grad = torch.randn(7, 12, requires_grad=True), torch.randn(7, 10)
+    torch.manual_seed(3)
+    out = model(x)
+    out.backward(grad)
+    assert path == SEPARATE
+    torch.manual_seed(3)
+    mask = nn.functional.dropout(torch.ones(7, 12), 0.5)
+    dropped = x.detach() * mask
+    wanted = expected_of(layer, dropped, grad, ["default"])
+    base = layer.get_base_layer()
+    moved = (dropped - x.detach()) @ base.weight.t()
+    close((out + moved).detach(), wanted.output)
+    close(layer.flylora_B["default"].grad, wanted.grad_B[0])
+    through_base = grad.double() @ base.weight.double()
+    grad_x = (torch.tensor(wanted.grad_x, dtype=torch.float64) - through_base) * mask + through_base
+    close(x.grad, grad_x.tolist())
+    model.eval()
+    close(model(x).detach(), expected_of(layer, x.detach(), grad, ["default"]).output)
+
+
+def test_scaling_is_alpha_over_r_and_can_be_moved() -> None:
+    model, layer = adapted(linear(), alpha=4)
+    x = torch.randn(5, 12)
+    base = layer.get_base_layer()(x)
+    update = model(x) - base
+    assert layer.scaling["default"] == 0.5
+    layer.set_scale("default", 3)
+    torch.testing.assert_close(model(x) - base, 3 * update, rtol=1e-4, atol=1e-5)
+    layer.set_scale("default", 1)
+    layer.scale_layer(4)
+    torch.testing.assert_close(model(x) - base, 4 * update, rtol=1e-4, atol=1e-5)
+    layer.unscale_layer(2)
+    torch.testing.assert_close(model(x) - base, 2 * update, rtol=1e-4, atol=1e-5)
+    layer.unscale_layer()
+    torch.testing.assert_close(model(x) - base, update, rtol=1e-4, atol=1e-5)
+
+
+# --- the path taken ------------------------------------------------------------------------------------------
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_plain_layer_is_fused(path: list[str]) -> None:
+    for base in (linear(), conv1d()):
+        model, _ = adapted(base)
+        model(torch.randn(3, 12))
+        model.eval()(torch.randn(3, 12))
+    assert path == FUSED * 4
+
+
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda base: base.register_forward_hook(lambda module, args, out: out + 1),
+        lambda base: base.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+        lambda base: base.register_full_backward_hook(lambda module, grads, _: (grads[0] * 2,)),
+        lambda base: setattr(base, "forward", lambda x: nn.functional.linear(x, base.weight) * 3),
+        lambda base: parametrizations.weight_norm(base),
+        lambda base: base.requires_grad_(True),
+        lambda base: setattr(base, "__class__", OwnLinear),
+    ],
+    ids=["forward_hook", "pre_hook", "backward_hook", "own_forward", "parametrized", "trained", "subclass"],
+)
+def test_a_layer_that_is_more_than_its_weight_is_called(watch: Callable[[nn.Module], Any], path: list[str]) -> None:
+    model, layer = adapted(linear())
+    base = layer.get_base_layer()
+    x = torch.randn(5, 12, requires_grad=True)
+    plain = torch.autograd.grad(model(x).sum(), x)[0]
+    path.clear()
+    watch(base)
+    out = model(x)
+    assert path == SEPARATE
+    y = functional.routed_update(torch.zeros(5, 10), x, **_arguments(layer))
+    torch.testing.assert_close(out, base(x) + y)
+    through = torch.autograd.grad(base(x).sum(), x)[0] + torch.autograd.grad(y.sum(), x)[0]
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], through)
+    assert plain.shape == through.shape
+
+
+def _arguments(layer: FlyLoraLinear) -> dict[str, Any]:
+    return {
+        "projection": layer.flylora_A["default"],
+        "up": layer.flylora_B["default"],
+        "routing_bias": layer.routing_bias("default"),
+        "blocks": layer.routing["default"],
+        "scaling": layer.scaling["default"],
+    }
+
+
+def test_autocast_and_other_input_types_are_not_fused(path: list[str]) -> None:
+    model, layer = adapted(linear())
+    x = grid(6, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+        base = layer.get_base_layer()(x)
+    assert path == SEPARATE
+    assert out.dtype == base.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert layer.flylora_B["default"].grad is not None
+    assert layer.flylora_B["default"].grad.dtype == torch.float32
+
+
+# --- types ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selection", ["magnitude", "signed", "biased_magnitude"])
+def test_every_type_routes_the_same_tokens_to_the_same_ranks(selection: str) -> None:
+    x = grid(600, 48)
+    counts = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, "autocast"):
+        base = linear(48, 16)
+        model, layer = adapted(base.to(torch.float32 if dtype == "autocast" else dtype), r=16, k=4, selection=selection)
+        if dtype == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(x)
+        else:
+            out = model(x.to(dtype))
+        out.float().square().sum().backward()
+        counts[dtype] = layer.expert_load["default"].tolist()
+        assert layer.flylora_A["default"].dtype == torch.float32
+        assert layer.flylora_d["default"].dtype == torch.int32
+    assert len({tuple(load) for load in counts.values()}) == 1
+    assert sum(counts[torch.float32]) == 4 * 600
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_bases_come_near_the_reference(dtype: torch.dtype) -> None:
+    base = linear()
+    with torch.no_grad():
+        base.weight.copy_(grid(10, 12, seed=1) / 4)
+        base.bias.copy_(grid(10, seed=2))
+    model, layer = adapted(base.to(dtype))
+    x, grad = grid(9, 12).to(dtype).requires_grad_(), grid(9, 10, seed=4).to(dtype)
+    wanted = expected_of(layer, x.detach(), grad, ["default"])
+    out = model(x)
+    out.backward(grad)
+    tolerance = 0.15 if dtype == torch.bfloat16 else 0.02
+    close(out.detach(), wanted.output, tolerance)
+    close(x.grad, wanted.grad_x, tolerance)
+    close(layer.flylora_B["default"].grad, wanted.grad_B[0], tolerance)
+
+
+def test_casting_a_trained_model_keeps_its_routing() -> None:
+    model, layer = adapted(linear(48, 16), r=16, k=4)
+    x = grid(500, 48)
+    before = layer.flylora_d["default"].clone()
+
+    def loads(values: Tensor) -> list[int]:
+        layer.expert_load["default"].zero_()
+        model(values).sum().backward()
+        return layer.expert_load["default"].tolist()
+
+    wanted = loads(x)
+    for dtype in (torch.bfloat16, torch.float16):
+        model.to(dtype)
+        assert torch.equal(layer.flylora_d["default"], before)
+        assert loads(x.to(dtype)) == wanted
+    model.float()
+    assert loads(x) == wanted
+
+
+# --- what is kept --------------------------------------------------------------------------------------------
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> tuple[int, set[int]]:
+    """Bytes that a training forward keeps beyond the model itself, and the storages it keeps."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    own |= {t.untyped_storage().data_ptr() for layer in layers(model) for t in layer.flylora_A.values()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train()(x)
+    return sum(size for where, size in kept.items() if where not in own), set(kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_quarter_of_loras_activations_at_most_and_never_x(dtype: torch.dtype) -> None:
+    x = torch.randn(512, 576).to(dtype).requires_grad_()
+    lora = get_peft_model(nn.Sequential(nn.Linear(576, 576)).to(dtype), LoraConfig(r=8, target_modules=["0"]))
+    ours = get_peft_model(nn.Sequential(nn.Linear(576, 576)).to(dtype), config(r=32, k=8, target_modules=["0"]))
+    theirs, _ = saved_bytes(lora, x)
+    size, storages = saved_bytes(ours, x)
+    assert x.untyped_storage().data_ptr() not in storages
+    assert 0 < size <= theirs / 4
+    assert size <= 512 * 8 * (4 + 1)  # k codes and k small indices a token
+
+
+def test_a_is_outside_the_state_and_only_b_trains() -> None:
+    model, layer = adapted(linear())
+    names = {name.rpartition("0.")[2] for name in model.state_dict()}
+    own = {"flylora_B.default", "flylora_d.default", "flylora_seed.default", "flylora_fingerprint.default"}
+    assert names == {"base_layer.weight", "base_layer.bias", *own}
+    assert [name.rpartition("0.")[2] for name, p in model.named_parameters() if p.requires_grad] == [
+        "flylora_B.default"
+    ]
+    assert not layer.flylora_A["default"].requires_grad
+    assert layer.flylora_A["default"].shape == (8, 12)
+
+
+# --- A: names, seeds, random state ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.q_proj",
+        "_orig_mod.model.layers.0.q_proj",
+        "model.layers.0._orig_mod.q_proj",
+        "model.layers.0._checkpoint_wrapped_module.q_proj",
+        "_fsdp_wrapped_module.model.layers.0._fsdp_wrapped_module.q_proj",
+        "base_model.model.model.layers.0.q_proj",
+        "module.model.layers.0.q_proj",
+    ],
+)
+def test_wrappers_do_not_change_a_modules_name(name: str) -> None:
+    assert canonical_name(name) == "model.layers.0.q_proj"
+
+
+def test_a_depends_on_seed_and_name_and_nothing_else() -> None:
+    def projections(targets: list[str], seed: int = 0, **changes: Any) -> dict[str, Tensor]:
+        model = get_peft_model(llama(), config(target_modules=targets, projection_seed=seed, **changes))
+        return {layer.module_name: layer.flylora_A["default"] for layer in layers(model)}
+
+    few = projections(["v_proj"])
+    torch.manual_seed(99)
+    many = projections(["q_proj", "v_proj", "k_proj", "down_proj"])
+    assert set(few) < set(many)
+    assert all(torch.equal(few[name], many[name]) for name in few)
+    for name, dense in few.items():
+        seed = functional.derive_seed(0, name)
+        assert torch.equal(dense, functional.densify(functional.sparse_projection(seed, 8, 32, 8), 32))
+    other = projections(["v_proj"], seed=1)
+    assert not any(torch.equal(few[name], other[name]) for name in few)
+    first, second = few.values()
+    assert not torch.equal(first, second)
+    assert (projections(["v_proj"], density=1.0)["model.layers.0.self_attn.v_proj"] != 0).all()
+
+
+def test_global_random_state_is_untouched() -> None:
+    base = mlp()
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the global state is what is watched
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
+    model = get_peft_model(base, config(target_modules=["0", "2"], selection="random"))
+    optimizer = torch.optim.AdamW(layers(model)[0].parameters())
+    model.train()(torch.ones(3, 12)).sum().backward()
+    optimizer.step()
+    model.eval()(torch.ones(3, 12))
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    model.load_state_dict(torch.load(buffer))
+    copy.deepcopy(model)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
+
+
+# --- devices and copies --------------------------------------------------------------------------------------
+
+
+def test_a_model_built_on_meta_is_whole_once_loaded() -> None:
+    original = randomize(get_peft_model(mlp(), config(target_modules=["0", "2"])))
+    with torch.device("meta"):
+        model = get_peft_model(mlp(), config(target_modules=["0", "2"], projection_seed=3))
+    assert all(layer.flylora_B["default"].device.type == "meta" for layer in layers(model))
+    model.to_empty(device="cpu")
+    model.load_state_dict(original.state_dict())
+    x = torch.randn(6, 12)
+    assert torch.equal(model(x), original(x))
+    for mine, theirs in zip(layers(model), layers(original), strict=True):
+        assert torch.equal(mine.flylora_A["default"], theirs.flylora_A["default"])  # the file's seed, not the config's
+    with torch.device("meta"):
+        assigned = get_peft_model(mlp(), config(target_modules=["0", "2"]))
+    assigned.load_state_dict(original.state_dict(), assign=True)
+    assert torch.equal(assigned(x), original(x))
+
+
+def test_a_state_dict_that_contradicts_itself_is_refused() -> None:
+    model = get_peft_model(mlp(), config(target_modules=["0"]))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    (seed,) = [name for name in state if "flylora_seed" in name]
+    state[seed] += 1
+    with pytest.raises(UserError, match="projection of 0 is not the one"):
+        model.load_state_dict(state)
+
+
+def test_projections_made_in_inference_mode_can_be_trained_with() -> None:
+    with torch.device("meta"):
+        model = get_peft_model(mlp(), config(target_modules=["0", "2"]))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.1)
+    with torch.inference_mode():
+        model(torch.ones(2, 12))
+    model.train()(torch.ones(2, 12)).sum().backward()
+    assert all(int(layer.expert_load["default"].sum()) == 4 for layer in layers(model))
+
+
+def test_copies_compute_the_same_and_share_nothing() -> None:
+    model = randomize(get_peft_model(mlp(), config(target_modules=["0", "2"])))
+    x = torch.randn(4, 12)
+    twin = copy.deepcopy(model)
+    before = snapshot(twin)
+    assert torch.equal(twin(x), model(x))
+    with torch.no_grad():
+        for layer in layers(model):
+            layer.flylora_A["default"].mul_(2)
+            layer.flylora_B["default"].mul_(2)
+    assert_same(snapshot(twin), before)
+
+
+# --- torch.compile -------------------------------------------------------------------------------------------
+
+
+def test_compiled_whole_it_trains_and_evaluates_as_eager() -> None:
+    def build() -> nn.Module:
+        return randomize(get_peft_model(mlp(), config(target_modules=["0", "2"]))).train()
+
+    eager, model = build(), build()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.05) for m in (eager, model)]
+    for step in range(3):
+        for micro in range(2):
+            x = grid(6, 12, seed=2 * step + micro)
+            for run in (eager, compiled):
+                run(x).square().sum().backward()
+        for mine, theirs in zip(layers(model), layers(eager), strict=True):
+            assert torch.equal(mine.expert_load["default"], theirs.expert_load["default"])
+            assert int(mine.expert_load["default"].sum()) == 2 * 2 * 6
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for mine, theirs in zip(layers(model), layers(eager), strict=True):
+            assert torch.equal(mine.flylora_d["default"], theirs.flylora_d["default"])
+            torch.testing.assert_close(mine.flylora_B["default"], theirs.flylora_B["default"])
+    eager.eval()
+    compiled.eval()
+    before = snapshot(model)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), eager(x))
+    assert_same(snapshot(model), before)
+
+
+def test_a_compiled_transformer_masks_its_padding() -> None:
+    results = []
+    ids = tokens(2, 6)
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+    for backend in (None, "eager"):
+        torch._dynamo.reset()
+        adapted_ = randomize(get_peft_model(llama(num_hidden_layers=1), config(target_modules=["q_proj", "o_proj"])))
+        run = adapted_.train() if backend is None else torch.compile(adapted_.train(), backend=backend)
+        run(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+        results.append([layer.expert_load["default"].tolist() for layer in layers(adapted_)])
+    assert results[0] == results[1]
+    assert [sum(load) for load in results[0]] == [2 * int(mask.sum())] * 2
