@@ -36,6 +36,7 @@ class TaskFile:
         completion: Template of what is learnt; with choices it may use ``{choice}``, which is what it is by default.
         choices: For multiple choice: templates of the candidate answers, or the name of a column that lists them.
         choices_pattern: Or a regular expression whose matches in the prompt are the candidates.
+        kind: ``choice``, ``generate`` or ``loss``; by default what the keys choices and metric say.
         answer: Template of the gold answer; by default the completion.
         answer_is: With choices: whether the answer is the ``text`` of one, its ``index`` from 0, or its ``letter``.
         answer_extractor: Reads the gold answer out of that template's text.
@@ -54,6 +55,7 @@ class TaskFile:
     completion: str | None = None
     choices: str | list[str] | None = None
     choices_pattern: str | None = None
+    kind: Kind | None = None
     answer: str | None = None
     answer_is: AnswerIs = "text"
     answer_extractor: str = "text"
@@ -75,11 +77,18 @@ class TaskFile:
     truncate_prompt: bool = False
 
     @property
-    def kind(self) -> Kind:
-        """How the task is evaluated."""
+    def has_choices(self) -> bool:
+        """Whether candidate answers are given, in either way."""
+        return self.choices is not None or self.choices_pattern is not None
+
+    @property
+    def evaluated_as(self) -> Kind:
+        """``kind``, or what the other keys say."""
+        if self.kind is not None:
+            return self.kind
         if self.metric == LOSS:
             return "loss"
-        return "generate" if self.choices is None and self.choices_pattern is None else "choice"
+        return "choice" if self.has_choices else "generate"
 
 
 def load_yaml_task(path: Path, data_dir: Path | None = None) -> Task:
@@ -104,10 +113,10 @@ def load_yaml_task(path: Path, data_dir: Path | None = None) -> Task:
         name=spec.name or path.stem,
         version=str(spec.version),
         load=partial(_split, splits),
-        kind=spec.kind,
+        kind=spec.evaluated_as,
         extractor=spec.extractor,
         also_extractors=tuple(spec.also_extractors),
-        metric=spec.metric or "exact_match",
+        metric=spec.metric or (LOSS if spec.evaluated_as == "loss" else "exact_match"),
         pattern=spec.pattern,
         max_length=spec.max_length,
         max_new_tokens=spec.max_new_tokens,
@@ -170,14 +179,26 @@ def _check(spec: TaskFile) -> None:
             raise UserError(f"The {key} is not a regular expression ({error}): correct it.") from error
     if spec.choices is not None and spec.choices_pattern is not None:
         raise UserError("Both choices and choices_pattern are given: leave one of them out.")
-    if spec.kind == "choice" and (spec.metric is not None or spec.answer is None):
-        raise UserError("A task with choices needs the key answer, and no metric: it is scored by its right choices.")
-    if spec.kind != "choice" and spec.completion is None:
-        raise UserError("The key completion is missing: give the template of what is to be learnt.")
+    _check_kind(spec)
     for key, least in (("max_length", 2), ("max_new_tokens", 1)):
         if getattr(spec, key) < least:
             raise UserError(f"{key} must be at least {least}, not {getattr(spec, key)}: raise it.")
     _check_splits(spec.data)
+
+
+def _check_kind(spec: TaskFile) -> None:
+    kind = spec.evaluated_as
+    if (kind == "choice") != spec.has_choices and kind != "loss":
+        raise UserError(
+            f"The kind {kind} and the choices do not fit: give choices to choose from, and to nothing else."
+        )
+    if spec.has_choices and spec.answer is None:
+        raise UserError("The key answer is missing: say which of the choices is right.")
+    if not spec.has_choices and spec.completion is None:
+        raise UserError("The key completion is missing: give the template of what is to be learnt.")
+    fitting = {"choice": (None,), "loss": (None, LOSS), "generate": (None, *METRICS)}[kind]
+    if spec.metric not in fitting:
+        raise UserError(f"The metric {spec.metric} does not fit the kind {kind}: leave one of them out.")
 
 
 def _check_splits(data: DataSource) -> None:
@@ -240,8 +261,8 @@ def _split(splits: Mapping[Split, list[Example]], split: Split) -> list[Example]
 
 def _examples(spec: TaskFile, split: Split, table: Any) -> list[Example]:
     columns = list(table.column_names)
-    choosing = spec.choices is not None or spec.choices_pattern is not None
-    completion = _template("completion", spec.completion or " {choice}", [*columns, "choice"] if choosing else columns)
+    written = [*columns, "choice"] if spec.has_choices else columns
+    completion = _template("completion", spec.completion or " {choice}", written)
     write = _Writer(
         spec=spec,
         prompt=_template("prompt", spec.prompt, columns),
@@ -314,7 +335,7 @@ class _Writer:
         )
 
     def _gold(self, answer: str | None, completion: str) -> str:
-        if self.spec.kind == "loss":
+        if self.spec.evaluated_as == "loss":
             return completion.strip() if answer is None else answer
         gold = EXTRACTORS[self.spec.answer_extractor](completion if answer is None else answer)
         if gold is None:
