@@ -259,6 +259,10 @@ def test_zero_b_gives_the_base_bit_for_bit(dtype: torch.dtype) -> None:
     routing = (problem.projection, up, problem.routing_bias, problem.blocks, problem.scaling)
     assert torch.equal(functional.routed_update(base, problem.x, *routing), base)
     assert torch.equal(functional.routed_linear(problem.x, problem.weight, problem.bias, *routing), base)
+    strided = problem.x.view(5, 8, 24).transpose(0, 1)
+    for bias in (None, problem.bias):
+        base = torch.nn.functional.linear(strided, problem.weight, bias)
+        assert torch.equal(functional.routed_linear(strided, problem.weight, bias, *routing), base)
 
 
 def test_the_given_base_output_is_left_alone() -> None:

@@ -271,20 +271,21 @@ class _RoutedLinear(torch.autograd.Function):
         with torch.autocast(device_type=x.device.type, enabled=False):
             if base_out is None:
                 assert weight is not None
-                out = F.linear(tokens, weight, bias)
+                # On x as it came: a strided x flattened first gives other last bits than the layer itself would.
+                out = F.linear(x, weight, bias).contiguous()
                 scaled = (up * scaling).to(out.dtype)
-                out.addmm_(z.to(out.dtype), scaled.t())
+                out.view(-1, out.shape[-1]).addmm_(z.to(out.dtype), scaled.t())
             else:
                 base = base_out.reshape(-1, base_out.shape[-1])
                 scaled = (up * scaling).to(base.dtype)
-                out = torch.addmm(base, z.to(base.dtype), scaled.t())
+                out = torch.addmm(base, z.to(base.dtype), scaled.t()).view(base_out.shape)
         ctx.save_for_backward(indices, kept, projection, up, weight)
         # Not among the saved tensors: backward adds to the load in place, which autograd would take for a mistake as
         # soon as two forwards precede their backwards; and a checkpointed layer must count by its own forward's mask.
         ctx.load, ctx.token_mask = load, token_mask
         ctx.scaling = scaling
         ctx.in_shape, ctx.in_dtype = x.shape, x.dtype
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
