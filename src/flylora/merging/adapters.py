@@ -29,7 +29,7 @@ from torch import Tensor
 from .. import functional
 from ..errors import UserError
 from ..functional import Block, SparseProjection
-from ..records import file_sha256, saving
+from ..records import adapter_fingerprint, saving
 from ..tuner.config import BlockConfig, FlyLoraConfig, pattern_value
 from ..tuner.layer import generate_block
 
@@ -239,8 +239,8 @@ class SavedAdapter:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over config and weights: which adapter this is."""
-        return file_sha256(self.path / CONFIG_FILE, self.path / WEIGHTS_FILE)
+        """sha256 (hex) over the tensors, as every record of flylora has it."""
+        return adapter_fingerprint(self.path)
 
     def out_features(self, module: str) -> int:
         """m of a module."""

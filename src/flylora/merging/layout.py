@@ -113,6 +113,17 @@ class Layout:
             "widths in them): they were altered, or belong to a model that has to be named with the base model option."
         )
 
+    def known_in_features(self) -> dict[str, int]:
+        """n of the modules whose n the inputs' configs hold."""
+        known = {}
+        for module in self.modules:
+            for t in self.holders(module):
+                config = self.adapters[t].config
+                n = config.in_features_at(module) if isinstance(config, FlyLoraConfig) else None
+                if n is not None:
+                    known[module] = n
+        return known
+
     def at(self, module: str) -> ModuleLayout:
         """The layout in one module; reads what identifies the projections, not B."""
         factors = {t: self.adapters[t].small(module) for t in self.holders(module)}

@@ -164,7 +164,7 @@ def linear_share(block: Block) -> float:
 
     A routed adapter keeps only its k of r largest codes; the product B A without this scale would add the others too.
     For the share q = k / r of largest magnitudes it is q + 2 t phi(t), where t is exceeded by abs(N(0, 1)) with
-    probability q; 0.72 at q = 1/4.
+    probability q (for large r): 0.72 at q = 1/4.
     """
     if block.is_linear:
         return 1.0

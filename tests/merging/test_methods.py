@@ -1,0 +1,238 @@
+"""The mathematics of merging against literal implementations."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from flylora import UserError
+from flylora.functional import Block, routed_codes, select
+from flylora.merging import methods
+from flylora.merging.methods import Update
+from reference import merging as reference
+
+
+def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def problem(tasks: int = 3, m: int = 5, rank: int = 6, tokens: int = 40) -> tuple[list[Tensor], list[Tensor]]:
+    ups = [draw(t, m, rank, dtype=torch.float64) for t in range(tasks)]
+    codes = [draw(10 + t, tokens, rank, dtype=torch.float64) * torch.linspace(0.1, 2, rank) for t in range(tasks)]
+    return ups, [z.T @ z / tokens for z in codes]
+
+
+def updates(count: int = 3, m: int = 14, n: int = 11, r: int = 4) -> list[Update]:
+    return [Update(draw(t, m, r), draw(20 + t, r, n), seed=t) for t in range(count)]
+
+
+# --- least squares
+
+
+@pytest.mark.parametrize("ridge", [1e-6, 1e-2, 1.0])
+def test_least_squares_is_the_float64_solution(ridge: float) -> None:
+    ups, grams = problem()
+    weights = [0.5, 0.2, 0.3]
+    prior = methods.weighted_sum(ups, weights)
+    found = methods.least_squares(ups, grams, weights, prior, ridge)
+    penalty = ridge * sum(w * float(g.trace()) for w, g in zip(weights, grams, strict=True)) / 6
+    arrays = [up.numpy() for up in ups], [gram.numpy() for gram in grams]
+    expected = reference.least_squares(*arrays, weights, prior.numpy(), penalty)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_least_squares_beats_the_average_on_its_own_objective(seed: int) -> None:
+    ups = [draw(seed + 31 * t, 4, 5) for t in range(2)]
+    grams = []
+    for t in range(2):
+        z = draw(seed + 77 * t + 5, 30, 5)
+        grams.append(z.T @ z)
+    prior = methods.weighted_sum(ups, [0.5, 0.5])
+    before = methods.least_squares_error(prior, ups, grams, [0.5, 0.5])
+    for ridge in (1e-3, 1e-1, 10.0):
+        found = methods.least_squares(ups, grams, [0.5, 0.5], prior, ridge)
+        assert methods.least_squares_error(found, ups, grams, [0.5, 0.5]) < before
+
+
+def test_with_one_task_least_squares_returns_its_adapter() -> None:
+    ups, grams = problem(tasks=1)
+    found = methods.least_squares(ups, grams, [1.0], ups[0], 1e-2)
+    torch.testing.assert_close(found, ups[0], rtol=1e-10, atol=1e-10)
+
+
+def test_a_singular_gram_needs_a_ridge_and_says_so() -> None:
+    ups, grams = problem(tokens=2)
+    prior = methods.weighted_sum(ups, [1 / 3] * 3)
+    singular = [grams[0], grams[0], grams[0]]
+    with pytest.raises(UserError, match="set ridge above 0"):
+        methods.least_squares(ups, singular, [1 / 3] * 3, prior, 0.0)
+    assert torch.isfinite(methods.least_squares(ups, singular, [1 / 3] * 3, prior, 1e-3)).all()
+
+
+def test_where_no_token_went_the_prior_stays() -> None:
+    ups, grams = problem()
+    nothing = [torch.zeros_like(gram) for gram in grams]
+    prior = methods.weighted_sum(ups, [1 / 3] * 3)
+    assert torch.equal(methods.least_squares(ups, nothing, [1 / 3] * 3, prior, 1e-2), prior)
+
+
+def test_the_error_is_that_of_the_outputs() -> None:
+    ups, _ = problem(tasks=2)
+    codes = [draw(40 + t, 15, 6, dtype=torch.float64) for t in range(2)]
+    up = draw(50, 5, 6, dtype=torch.float64)
+    literal = sum(w * ((z @ (up - b).T) ** 2).sum() / 15 for w, z, b in zip([0.7, 0.3], codes, ups, strict=True))
+    found = methods.least_squares_error(up, ups, [z.T @ z / 15 for z in codes], [0.7, 0.3])
+    assert found == pytest.approx(float(literal))
+
+
+def test_the_ridge_is_chosen_by_held_out_error() -> None:
+    ups, grams = problem(tokens=4000)
+    prior = methods.weighted_sum(ups, [1 / 3] * 3)
+    candidates = (1e-4, 1.0, 1e4)
+    alike = [(gram, gram) for gram in grams]
+    assert methods.best_ridge(ups, alike, [1 / 3] * 3, prior, candidates) == 1e-4
+    contradicting = [(grams[t], torch.eye(6, dtype=torch.float64)) for t in range(3)]
+    errors = []
+    for ridge in candidates:
+        halves = [[pair[i] for pair in contradicting] for i in (0, 1)]
+        errors.append(
+            sum(
+                methods.least_squares_error(
+                    methods.least_squares(ups, halves[i], [1 / 3] * 3, prior, ridge), ups, halves[1 - i], [1 / 3] * 3
+                )
+                for i in (0, 1)
+            )
+        )
+    chosen = methods.best_ridge(ups, contradicting, [1 / 3] * 3, prior, candidates)
+    assert chosen == candidates[int(np.argmin(errors))]
+
+
+# --- updates as matrices
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
+def test_ties_is_the_few_line_version(density: float) -> None:
+    parts, weights = updates(), [1.0, 0.5, 2.0]
+    found = methods.sparsified_sum(parts, weights, density, "magnitude", elect_sign=True)
+    arrays = [part.rows(0, 14).double().numpy() for part in parts]
+    np.testing.assert_allclose(found.numpy(), reference.ties(arrays, weights, density), rtol=1e-5, atol=1e-6)
+
+
+def test_magnitude_prune_sums_the_largest_entries() -> None:
+    parts, weights = updates(), [1.0, 0.5, -2.0]
+    found = methods.sparsified_sum(parts, weights, 0.3, "magnitude", elect_sign=False)
+    kept = [reference.keep_largest(part.rows(0, 14).double().numpy(), 0.3) for part in parts]
+    expected = sum(w * k for w, k in zip(weights, kept, strict=True))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("elect", [False, True])
+def test_dare_keeps_rescaled_entries_of_the_right_share(elect: bool) -> None:
+    part = Update(draw(0, 200, 4), draw(1, 4, 150), seed=7)
+    found = methods.sparsified_sum([part], [1.0], 0.25, "random", elect_sign=elect)
+    whole = part.rows(0, 200)
+    kept = found != 0
+    torch.testing.assert_close(found[kept], 4 * whole[kept])
+    assert abs(kept.double().mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 30000)
+
+
+def test_dare_ties_elects_among_what_was_kept() -> None:
+    parts, weights = updates(2), [1.0, 3.0]
+    kept = [methods.sparsified_sum([part], [1.0], 0.5, "random", elect_sign=False).double().numpy() for part in parts]
+    found = methods.sparsified_sum(parts, weights, 0.5, "random", elect_sign=True)
+    np.testing.assert_allclose(found.numpy(), reference.elect(kept, weights), rtol=1e-5, atol=1e-6)
+
+
+def test_pruning_in_chunks_is_pruning_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, weights = updates(), [1.0, 1.0, 1.0]
+    whole = methods.sparsified_sum(parts, weights, 0.4, "magnitude", elect_sign=True)
+    monkeypatch.setattr(methods, "_CHUNK_ENTRIES", 50)
+    torch.testing.assert_close(methods.sparsified_sum(parts, weights, 0.4, "magnitude", elect_sign=True), whole)
+
+
+@pytest.mark.parametrize("density", [0.01, 0.2, 0.9, 1.0])
+def test_the_threshold_is_exact_where_a_sample_brackets_it(monkeypatch: pytest.MonkeyPatch, density: float) -> None:
+    monkeypatch.setattr(methods, "_SAMPLE", 4096)
+    monkeypatch.setattr(methods, "_CHUNK_ENTRIES", 10000)
+    part = Update(draw(0, 300, 4), draw(1, 4, 200), seed=3)
+    ordered = part.rows(0, 300).abs().flatten().sort(descending=True).values
+    found = methods.magnitude_threshold(part, density)
+    assert found == pytest.approx(float(ordered[int(density * 60000) - 1]), rel=1e-5)
+
+
+def test_the_threshold_of_many_equal_entries_is_still_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "_SAMPLE", 1024)
+    part = Update(torch.ones(100, 80), None, seed=0)
+    assert methods.magnitude_threshold(part, 0.5) == 1.0
+    assert methods.magnitude_threshold(part, 1e-9) == math.inf
+
+
+def test_random_pruning_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    parts = updates()
+    first = methods.sparsified_sum(parts, [1.0] * 3, 0.5, "random", elect_sign=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert torch.equal(methods.sparsified_sum(parts, [1.0] * 3, 0.5, "random", elect_sign=False), first)
+
+
+def test_knots_is_ties_on_the_common_right_singular_vectors() -> None:
+    parts, weights = updates(), [1.0, 0.5, 2.0]
+    up, down = methods.knots(
+        parts, weights, lambda vs: methods.sparsified_sum(vs, weights, 0.4, "magnitude", elect_sign=True)
+    )
+    factors = [(part.up.double().numpy(), part.down.double().numpy()) for part in parts if part.down is not None]
+    expected = reference.knots(factors, weights, 0.4)
+    np.testing.assert_allclose((up @ down).numpy(), expected, rtol=1e-3, atol=1e-3)
+    assert up.shape[1] == 12
+
+
+@pytest.mark.parametrize("selection", ["magnitude", "signed", "random"])
+def test_the_linear_share_is_the_best_scale_for_gaussian_codes(selection: str) -> None:
+    block = Block(32, 8, selection)
+    y = draw(0, 20000, 32)
+    z = routed_codes(y, select(y, torch.zeros(32), (block,)))
+    measured = float((y * z).sum() / (y * y).sum())
+    assert methods.linear_share(block) == pytest.approx(measured, abs=0.02)
+
+
+def test_a_linear_block_needs_no_scale() -> None:
+    assert methods.linear_share(Block(8, 8)) == methods.linear_share(Block(8, 2, "all")) == 1.0
+
+
+# --- rank limits
+
+
+def test_cut_factors_is_the_best_approximation() -> None:
+    up, down = draw(0, 30, 9, dtype=torch.float64), draw(1, 9, 25, dtype=torch.float64)
+    left, right, error = methods.cut_factors(up, down, 4)
+    singular = np.linalg.svd((up @ down).numpy(), compute_uv=False)
+    assert left.shape == (30, 4)
+    assert right.shape == (4, 25)
+    assert float((left @ right - up @ down).norm()) == pytest.approx(math.sqrt((singular[4:] ** 2).sum()))
+    assert error == pytest.approx(math.sqrt((singular[4:] ** 2).sum() / (singular**2).sum()))
+
+
+@pytest.mark.parametrize("shape", [(60, 50), (200, 120), (90, 300)])
+def test_cut_matrix_is_nearly_the_best_approximation_and_reports_its_error(shape: tuple[int, int]) -> None:
+    parts = [Update(draw(t, shape[0], 8), draw(9 + t, 8, shape[1]), t) for t in range(3)]
+    matrix = methods.sparsified_sum(parts, [1.0] * 3, 0.2, "magnitude", elect_sign=True)
+    up, down, error = methods.cut_matrix(matrix, 16, seed=0)
+    singular = np.linalg.svd(matrix.numpy(), compute_uv=False)
+    best = math.sqrt((singular[16:] ** 2).sum() / (singular**2).sum())
+    measured = float((matrix - up @ down).norm() / matrix.norm())
+    assert measured == pytest.approx(error, abs=1e-3)
+    assert best - 1e-4 <= measured <= 1.01 * best
+
+
+def test_cutting_uses_no_global_random_numbers() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    methods.cut_matrix(draw(0, 200, 150), 8, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
