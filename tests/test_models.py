@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from conftest import make_model
 from flylora import models
 from flylora.errors import UserError
-from flylora.models import ModelSource, auto_dtype, load_model, pick_device, resolve_model
+from flylora.models import ModelSource, auto_dtype, load_model, load_tokenizer, pick_device, resolve_model
 
 
 def test_a_folder_is_loaded_with_its_tokenizer_and_hash(tiny_model_dir: Path) -> None:
@@ -258,6 +258,15 @@ def test_unknown_dtype_and_device_are_one_sentence(tiny_model_dir: Path) -> None
         load_model(str(tiny_model_dir), "int3")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="Unknown device 'abacus'"):
         load_model(str(tiny_model_dir), device="abacus")
+
+
+def test_a_tokenizer_comes_without_weights(tmp_path: Path, tiny_model_dir: Path) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert load_tokenizer(str(tmp_path / "model")).eos_token_id == 2
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_tokenizer(str(tmp_path / "model"))
 
 
 def test_the_fixture_saves_what_transformers_reads(tiny_model_dir: Path) -> None:

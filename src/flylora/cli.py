@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
@@ -26,6 +26,29 @@ from flylora.training.interrupt import TrainingInterrupted
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """What to preview.
+
+    Args:
+        model: Whose tokenizer to use: a folder, a .gguf file, a name on the hub, or smollm2-135m.
+        task: Name of a built-in task, or path of a task's YAML file.
+        data_dir: Folder that a YAML task's data files are relative to; the YAML file's own folder if left out.
+        split: Which part of the task's data.
+        n: How many examples to print.
+        chat_template: Whether prompts go through the tokenizer's chat template; the task's own choice if left out.
+        max_length: Longest item in tokens; the task's own if left out.
+    """
+
+    model: str
+    task: str
+    data_dir: str | None = None
+    split: Literal["train", "validation", "test"] = "train"
+    n: int = 3
+    chat_template: bool | None = None
+    max_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,12 +83,24 @@ def _export(config: ExportConfig) -> None:
     show_export(export(config))
 
 
+def _preview(config: PreviewConfig) -> None:
+    from rich import print as show
+
+    from flylora.data import render_preview
+    from flylora.models import load_tokenizer
+    from flylora.tasks import load_task
+
+    task = load_task(config.task, config.data_dir)
+    tokenizer = load_tokenizer(config.model)
+    show(render_preview(task, tokenizer, config.n, config.split, config.chat_template, config.max_length))
+
+
 def _inspect(config: InspectConfig) -> None:
     from rich import print as show
 
-    from flylora.tuner.inspect import inspect_adapter
+    from flylora.inspection import inspect_adapter, render
 
-    show(inspect_adapter(config.adapter))
+    show(render(inspect_adapter(config.adapter)))
 
 
 @dataclass(frozen=True)
@@ -82,6 +117,7 @@ COMMANDS = {
     "train": _Command(TrainConfig, _train, "train an adapter on a task"),
     "eval": _Command(EvalConfig, _eval, "evaluate a model, with or without an adapter, on a task"),
     "export": _Command(ExportConfig, _export, "write an adapter as a plain LoRA or as full weights", "adapter"),
+    "preview": _Command(PreviewConfig, _preview, "print examples of a task with the trained tokens coloured"),
     "inspect": _Command(InspectConfig, _inspect, "show what a saved adapter is", positional="adapter"),
 }
 
@@ -116,7 +152,7 @@ def parse(argv: Sequence[str]) -> tuple[_Command, Any]:
     """
     parser = ArgumentParser(
         prog="flylora",
-        description="FlyLoRA adapters: train, evaluate and inspect them.",
+        description="FlyLoRA adapters: train, evaluate and inspect them on one's own tasks.",
         version=__version__,
         exit_on_error=False,
     )

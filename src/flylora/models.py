@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -145,6 +147,31 @@ def load_model(name: str, dtype: DType = "auto", device: str = "auto") -> Loaded
     return LoadedModel(model.to(place).eval(), tokenizer, name, sha256)
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without its weights; see ``load_model``."""
+    source = resolve_model(name)
+    folder = source.folder if source.gguf_file is None else None
+    folder = folder or _local_folder(name)[0]
+    with _explaining_unloadable(name):
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def _local_folder(name: str) -> tuple[Path, str]:
+    """A local folder with config, safetensors and tokenizer, and the hash of the weights the model came with."""
+    source = resolve_model(name)
+    if source.gguf_file is not None:
+        file = Path(source.path_or_hub_name, source.gguf_file)
+        sha256 = file_sha256(file)
+        return _unpacked_gguf(file, sha256), sha256
+    folder = source.folder or _download(source.path_or_hub_name)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise UserError(
+            f"The model {name} has no *.safetensors weights: convert them (pickled .bin files are never loaded)."
+        )
+    return folder, file_sha256(*weights)
+
+
 def pick_device(device: str = "auto") -> torch.device:
     """The device a name stands for; ``auto`` is the first GPU if there is one, else the CPU."""
     if device == "auto":
@@ -177,9 +204,15 @@ def _download(name: str) -> Path:
 
 
 def _from_folder(folder: Path, name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    try:
+    with _explaining_unloadable(name):
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
         return model, AutoTokenizer.from_pretrained(folder, gguf_file=options.get("gguf_file"))
+
+
+@contextmanager
+def _explaining_unloadable(name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"The model {name} cannot be loaded ({first_line(error)}): it needs a causal language model's config.json, "

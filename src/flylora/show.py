@@ -48,6 +48,8 @@ def show_evaluation(record: EvalRecord) -> None:
     }
     if record.accuracy is not None:
         rows["accuracy"] = percent(record.accuracy, record.accuracy_stderr)
+    if len(record.accuracies) > 1:
+        rows |= {f"accuracy by {way}": percent(share) for way, share in record.accuracies.items()}
     rows["loss per answer token"] = f"{number(record.loss)} over {record.loss_tokens:,} tokens"
     rows |= {
         f"accuracy on {name}": f"{percent(group['accuracy'])} of {group['items']:,.0f}"

@@ -19,6 +19,7 @@ from trl.trainer import base_trainer
 
 from flylora.data import encode_all
 from flylora.errors import UserError
+from flylora.inspection import inspect_adapter
 from flylora.models import load_model
 from flylora.records import adapter_fingerprint, read_record
 from flylora.tasks import load_task
@@ -27,7 +28,7 @@ from flylora.training.callbacks import RunCallback
 from flylora.training.interrupt import TrainingInterrupted
 from flylora.training.record import TrainRecord
 
-ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "expert_load.json"}
 SMALL = {"flylora": {"r": 8, "k": 2, "dropout": 0.1}, "lora": {"r": 2, "lora_dropout": 0.1}}
 
 
@@ -445,6 +446,16 @@ def test_expert_load_is_balanced_without_a_callback_of_the_users(
     biases = [tensor for name, tensor in tensors.items() if name.endswith("flylora_d")]
     assert biases
     assert all(tensor.any() and tensor.abs().max() <= 6 for tensor in biases)
+
+
+def test_expert_loads_are_kept_for_inspection(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    train(config())
+    modules = inspect_adapter(tmp_path / "run").modules
+    assert len(modules) == 14
+    # k of r ranks act on every token, so the mean share is k / r whatever the routing.
+    assert all(module.load is not None and module.load[1] == pytest.approx(2 / 8) for module in modules)
+    train(config(method="lora", out=str(tmp_path / "lora")))
+    assert not (tmp_path / "lora" / "expert_load.json").exists()
 
 
 def test_progress_is_visible(config: Callable[..., TrainConfig], capfd: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ class EvalRecord(Record):
         items_scored: n, the number of items the figures are over.
         accuracy: Mean metric over the items, from 0 to 1; ``None`` for a task that measures the loss alone.
         accuracy_stderr: Its standard error sqrt(p (1 - p) / n).
-        accuracy_by_score: For multiple choice: the accuracy under each way of comparing answers.
+        accuracies: Accuracy under each way of comparing candidate answers, or of reading generated ones.
         loss: Mean negative log-likelihood (nats) per answer token, end of sequence included; over all tokens, not
             a mean of means.
         loss_tokens: How many tokens that is over.
@@ -44,7 +44,7 @@ class EvalRecord(Record):
     accuracy_stderr: float | None
     loss: float | None
     loss_tokens: int
-    accuracy_by_score: dict[str, float] = field(default_factory=dict)
+    accuracies: dict[str, float] = field(default_factory=dict)
     groups: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     too_long: list[str] = field(default_factory=list)

@@ -61,7 +61,8 @@ class _Scored:
 
     example: Example
     details: dict[str, Any] = field(default_factory=dict)
-    score: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)  # by the way of reading or comparing answers
+    score: float | None = None  # by the way that was asked for
     log_likelihoods: list[float] | None = None
 
     def as_item(self) -> dict[str, Any]:
@@ -72,6 +73,7 @@ class _Scored:
             **self.details,
             "answer": self.example.answer,
             "score": self.score,
+            **({"scores": self.scores} if len(self.scores) > 1 else {}),
             "loss": -sum(likelihoods) / len(likelihoods) if likelihoods else None,
             "loss_tokens": len(likelihoods or ()),
         }
@@ -196,8 +198,9 @@ def _pick(config: EvalConfig, item: _Scored, likelihoods: list[list[float]]) -> 
     per_byte = [total / len(c.encode()) for total, c in zip(sums, example.choices, strict=True)]
     picks = {"sum": _argmax(sums), "per_byte": _argmax(per_byte)}
     gold = example.answer_index
-    item.details = {"choice_log_likelihoods": sums, "picked": picks, "answer_index": gold}
-    item.score = float(picks[config.choice_score] == gold)
+    item.details = {"choice_log_likelihoods": sums, "picked": picks[config.choice_score], "answer_index": gold}
+    item.scores = {way: float(pick == gold) for way, pick in picks.items()}
+    item.score = item.scores[config.choice_score]
     if gold is not None:
         item.log_likelihoods = likelihoods[gold]
 
@@ -230,9 +233,12 @@ def _answer_by_generation(setting: _Setting, scored: list[_Scored]) -> None:
             stop=task.stop,
             advance=advance,
         )
+    readings = {name: dataclasses.replace(task, extractor=name, pattern=None) for name in task.also_extractors}
+    readings[task.extractor] = task
     for item, text in zip(owners, texts, strict=True):
         item.details = {"output": text, "extracted": task.extract(text)}
-        item.score = task.score(text, item.example)
+        item.scores = {name: reading.score(text, item.example) for name, reading in readings.items()}
+        item.score = item.scores[task.extractor]
 
 
 def _measure_loss(setting: _Setting, scored: list[_Scored]) -> None:
@@ -284,7 +290,10 @@ def _summary(
         items_scored=len(scored),
         accuracy=accuracy,
         accuracy_stderr=None if accuracy is None else standard_error(accuracy, len(scored)),
-        accuracy_by_score=_accuracy_by_score(scored),
+        accuracies={
+            way: sum(s.scores.get(way, 0.0) for s in scored) / len(scored)
+            for way in sorted({way for s in scored for way in s.scores})
+        },
         loss=-math.fsum(likelihoods) / len(likelihoods) if likelihoods else None,
         loss_tokens=len(likelihoods),
         groups={
@@ -302,13 +311,6 @@ def _summary(
 def standard_error(p: float, n: int) -> float:
     """sqrt(p (1 - p) / n): the standard error of a share p of n independent items."""
     return math.sqrt(p * (1 - p) / n)
-
-
-def _accuracy_by_score(scored: list[_Scored]) -> dict[str, float]:
-    picks = [(s.details["picked"], s.details["answer_index"]) for s in scored if "picked" in s.details]
-    if not picks:
-        return {}
-    return {kind: sum(picked[kind] == gold for picked, gold in picks) / len(scored) for kind in ("sum", "per_byte")}
 
 
 @contextmanager

@@ -14,14 +14,17 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from flylora.balance import expert_shares
 from flylora.errors import UserError
+from flylora.inspection import EXPERT_LOAD_FILE
 from flylora.records import read_record, saving, write_record, write_text
 from flylora.training.config import TrainConfig
 from flylora.training.record import RECORD_NAME, TrainRecord
 
 _COMPLETE_MARK = "complete"
 _CONFIG_NAME = "adapter_config.json"
-_ADAPTER_FILES = (_CONFIG_NAME, "adapter_model.safetensors", "README.md")
+# The config comes first because it is removed first and written last.
+_ADAPTER_FILES = (_CONFIG_NAME, "adapter_model.safetensors", "README.md", EXPERT_LOAD_FILE)
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,12 @@ class RunFolder:
                 # Asking whether the vocabulary changed would look the base model up on the hub.
                 model.save_pretrained(str(partial), save_embedding_layers=False)
                 write_text(partial / "README.md", card)
+                shares = expert_shares(model)
+                if shares:
+                    write_text(partial / EXPERT_LOAD_FILE, json.dumps(shares) + "\n")
                 for name in reversed(_ADAPTER_FILES):
-                    (partial / name).replace(self.path / name)
+                    with suppress(FileNotFoundError):  # only flylora has expert loads
+                        (partial / name).replace(self.path / name)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
 
