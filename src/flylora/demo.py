@@ -1,4 +1,5 @@
-"""The demonstration: one FlyLoRA adapter per built-in task on a real language model, measured before and after.
+"""The demonstration: one FlyLoRA adapter per built-in task on a real language model, measured before and after, then
+all of them merged into one and measured again.
 
 Run by ``make demo``. Everything lands in runs/demo; what is finished and unchanged there is used again.
 """
@@ -12,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +21,13 @@ from rich.table import Table
 from flylora.errors import UserError
 from flylora.evaluation import EvalConfig, evaluate
 from flylora.evaluation.record import EvalRecord
-from flylora.records import Record, read_record, write_text
+from flylora.merging import merge_adapters
+from flylora.merging.adapters import read_adapter
+from flylora.merging.config import MergeConfig
+from flylora.merging.record import RECORD_NAME as MERGE_RECORD
+from flylora.merging.record import MergeRecord
+from flylora.merging.retention import losses_of_items, retention
+from flylora.records import Record, adapter_fingerprint, read_record, write_text
 from flylora.show import number, percent
 from flylora.tasks import load_task, task_names
 from flylora.training import TrainConfig, train
@@ -35,6 +42,9 @@ STEPS = {"capitals": 120, "elements": 120, "arithmetic": 120, "python_output": 1
 TEST_LIMIT = 100
 """Test items per task: enough for a standard error of 5 points, few enough to generate in seconds."""
 EVAL_BATCH = 32
+MERGES = ("average", "least_squares")
+"""How the adapters are merged at the end; least squares reads CALIBRATION_TEXTS training items of each task."""
+CALIBRATION_TEXTS = 64
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,12 @@ class Row:
     base: EvalRecord
     adapted: EvalRecord
     training: TrainRecord
+    merged: dict[str, EvalRecord] = field(default_factory=dict)
+
+    def kept(self, method: str) -> tuple[float, float] | None:
+        """Retention of a merge, (base - merged) / (base - adapter) of the loss, with its standard error."""
+        records = (self.base, self.adapted, self.merged[method])
+        return retention(*(losses_of_items(record.items) for record in records))
 
     @property
     def gain(self) -> float:
@@ -82,6 +98,8 @@ class Demo:
         """Trains and evaluates what is not done yet, then prints and writes the results."""
         started = time.monotonic()
         rows = [self._task(name, index) for index, name in enumerate(self.steps, start=1)]
+        if len(rows) > 1:
+            rows = self._merged(rows)
         self._report(rows)
         self.console.print(f"Done in {time.monotonic() - started:.0f} s; everything is in {self.out}.")
         return rows
@@ -90,14 +108,52 @@ class Demo:
         self.console.rule(f"{index}/{len(self.steps)}  {name}")
         folder = self.out / name
         base = self._evaluated(name, folder / "base.json", None)
-        training = self._trained(name, folder / "adapter")
-        adapted = self._evaluated(name, folder / "adapted.json", training)
+        training = self._trained(name, folder / "adapter", index)
+        adapted = self._evaluated(name, folder / "adapted.json", folder / "adapter")
         row = Row(name, base, adapted, training)
         self.console.print(f"{name}: accuracy {percent(base.accuracy)} before, {percent(adapted.accuracy)} after")
         return row
 
-    def _trained(self, name: str, out: Path) -> TrainRecord:
-        config = TrainConfig(model=self.model, task=name, out=str(out), steps=self.steps[name])
+    def _merged(self, rows: list[Row]) -> list[Row]:
+        """The rows with every merge of all their adapters, evaluated on each task."""
+        folders = [str(self.out / row.task / "adapter") for row in rows]
+        found: list[dict[str, EvalRecord]] = [{} for _ in rows]
+        for method in MERGES:
+            self.console.rule(f"merging {len(rows)} adapters: {method}")
+            out = self.out / f"merged_{method}"
+            self._merge(method, folders, [row.task for row in rows], out)
+            for row, records in zip(rows, found, strict=True):
+                self.console.print(f"{row.task}:")
+                records[method] = self._evaluated(row.task, self.out / row.task / f"merged_{method}.json", out)
+        return [dataclasses.replace(row, merged=records) for row, records in zip(rows, found, strict=True)]
+
+    def _merge(self, method: str, folders: list[str], tasks: list[str], out: Path) -> None:
+        calibrated = method == "least_squares"
+        config = MergeConfig(
+            adapters=folders,
+            out=str(out),
+            method=cast(Any, method),
+            calibrate=tasks if calibrated else [],
+            texts=CALIBRATION_TEXTS,
+            model=self.model,
+            overwrite=True,
+        )
+        earlier = _record(out / MERGE_RECORD, MergeRecord)
+        inputs = [read_adapter(folder).fingerprint for folder in folders]
+        same = earlier is not None and [entry["fingerprint"] for entry in earlier.inputs] == inputs
+        if same and _agrees(earlier.config, dataclasses.asdict(config)):
+            self.console.print("The adapters are merged already.")
+            return
+        merge_adapters(config, self.loaded if calibrated else None)
+
+    def _trained(self, name: str, out: Path, projection_seed: int) -> TrainRecord:
+        config = TrainConfig(
+            model=self.model,
+            task=name,
+            out=str(out),
+            steps=self.steps[name],
+            adapter={"projection_seed": projection_seed},  # independent projections leave merging the most room
+        )
         earlier = _record(out / RECORD_NAME, TrainRecord)
         same = earlier is not None and _same(earlier, name, "train") and _agrees(earlier.config, config.deciding())
         if same and earlier is not None and earlier.status == "complete":
@@ -106,25 +162,25 @@ class Demo:
         self.console.print(f"Training for {config.steps} steps of {config.batch_size} items ...")
         return train(dataclasses.replace(config, resume=same, overwrite=not same), self.loaded)
 
-    def _evaluated(self, name: str, out: Path, training: TrainRecord | None) -> EvalRecord:
+    def _evaluated(self, name: str, out: Path, adapter: Path | None) -> EvalRecord:
         config = EvalConfig(
             model=self.model,
             task=name,
-            adapter=None if training is None else str(training.config["out"]),
+            adapter=None if adapter is None else str(adapter),
             out=str(out),
             limit=self.test_limit,
             batch_size=EVAL_BATCH,
             overwrite=True,
         )
-        what = "the base model" if training is None else "the adapter"
+        what = "the base model" if adapter is None else f"the adapter in {adapter}"
         earlier = _record(out, EvalRecord)
         if (
             earlier is not None
             and _same(earlier, name, config.split)
             and _agrees(earlier.config, dataclasses.asdict(config))
-            and earlier.adapter_fingerprint == (training.adapter_fingerprint if training else None)
+            and earlier.adapter_fingerprint == (adapter_fingerprint(adapter) if adapter else None)
         ):
-            self.console.print(f"{what.capitalize()} is evaluated already.")
+            self.console.print(f"{what[0].upper()}{what[1:]} is evaluated already.")
             return earlier
         self.console.print(f"Evaluating {what} on {self.test_limit} test items ...")
         return evaluate(config, self.loaded)
@@ -137,6 +193,13 @@ class Demo:
             table.add_row(*_cells(row))
         self.console.rule("results")
         self.console.print(table)
+        if rows[0].merged:
+            kept = Table(title="All adapters merged into one: what each task kept", title_justify="left")
+            for heading in _kept_headings():
+                kept.add_column(heading, justify="left" if heading == _HEADINGS[0] else "right")
+            for cells in _kept_cells(rows):
+                kept.add_row(*cells)
+            self.console.print(kept)
         write_text(self.out / "results.md", _markdown(self.model, rows))
         write_text(self.out / "results.json", json.dumps(_as_json(self.model, rows), indent=2) + "\n")
         plot(rows, self.out / "results.png", self.model)
@@ -157,6 +220,28 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
+def _kept_headings() -> list[str]:
+    return ["task", "with adapter", *(f"{method}: {what}" for method in MERGES for what in ("accuracy", "retention"))]
+
+
+def _kept_cells(rows: list[Row]) -> list[list[str]]:
+    """A line a task and one for the mean: accuracy and retention under each merge."""
+    lines = [[row.task, percent(row.adapted.accuracy, row.adapted.accuracy_stderr)] for row in rows]
+    lines.append(["mean", percent(_mean([row.adapted.accuracy or 0.0 for row in rows]))])
+    for method in MERGES:
+        kept = [row.kept(method) for row in rows]
+        for line, row, value in zip(lines, rows, kept, strict=False):
+            line.append(percent(row.merged[method].accuracy, row.merged[method].accuracy_stderr))
+            line.append("–" if value is None else f"{value[0]:.2f} ± {value[1]:.2f}")
+        lines[-1].append(percent(_mean([row.merged[method].accuracy or 0.0 for row in rows])))
+        lines[-1].append("–" if None in kept else f"{_mean([value[0] for value in kept if value]):.2f}")
+    return lines
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
 def _markdown(model: str, rows: list[Row]) -> str:
     lines = [
         f"# FlyLoRA adapters on {model}, before and after",
@@ -175,10 +260,28 @@ def _markdown(model: str, rows: list[Row]) -> str:
             for row in rows
         ),
         "",
+        *_kept_markdown(rows),
         f"![accuracy before and after]({'results.png'})",
         "",
     ]
     return "\n".join(lines)
+
+
+def _kept_markdown(rows: list[Row]) -> list[str]:
+    if not rows[0].merged:
+        return []
+    headings = _kept_headings()
+    return [
+        "## All adapters merged into one",
+        "",
+        "| " + " | ".join(headings) + " |",
+        "| --- |" + " ---: |" * (len(headings) - 1),
+        *("| " + " | ".join(cells) + " |" for cells in _kept_cells(rows)),
+        "",
+        "Retention is (base loss − merged loss) / (base loss − adapter loss) per answer token, ± one standard error "
+        f"over items; least squares read {CALIBRATION_TEXTS} training items of each task and trained nothing.",
+        "",
+    ]
 
 
 def _as_json(model: str, rows: list[Row]) -> dict[str, Any]:
@@ -200,6 +303,10 @@ def _as_json(model: str, rows: list[Row]) -> dict[str, Any]:
                 "steps": row.training.steps,
                 "train_seconds": row.training.seconds,
                 "adapter_fingerprint": row.training.adapter_fingerprint,
+                "merged": {
+                    method: {"accuracy": record.accuracy, "loss": record.loss, "retention": row.kept(method)}
+                    for method, record in row.merged.items()
+                },
             }
             for row in rows
         },
@@ -207,27 +314,34 @@ def _as_json(model: str, rows: list[Row]) -> dict[str, Any]:
 
 
 def plot(rows: list[Row], path: Path, model: str) -> None:
-    """Draws accuracy before and after as bars with one standard error each."""
+    """Draws accuracy before, after and merged as bars with one standard error each."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    width = 0.38
-    for offset, label, colour, records in (
-        (-width / 2, "base model", "#b0b7c3", [row.base for row in rows]),
-        (width / 2, "with FlyLoRA adapter", "#2a6fbb", [row.adapted for row in rows]),
-    ):
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    series = [
+        ("base model", "#b0b7c3", [row.base for row in rows]),
+        ("its own adapter", "#2a6fbb", [row.adapted for row in rows]),
+    ]
+    colours = ("#e0a33a", "#3f9b5f")
+    series += [
+        (f"all merged: {method.replace('_', ' ')}", colour, [row.merged[method] for row in rows])
+        for method, colour in zip(MERGES, colours, strict=True)
+        if rows[0].merged
+    ]
+    width = 0.8 / len(series)
+    for index, (label, colour, records) in enumerate(series):
         heights = [100 * (record.accuracy or 0.0) for record in records]
         errors = [100 * (record.accuracy_stderr or 0.0) for record in records]
-        places = [index + offset for index in range(len(rows))]
-        bars = axes.bar(places, heights, width, yerr=errors, capsize=4, label=label, color=colour)
-        axes.bar_label(bars, fmt="%.0f", padding=3)
+        places = [place + (index - (len(series) - 1) / 2) * width for place in range(len(rows))]
+        bars = axes.bar(places, heights, width, yerr=errors, capsize=3, label=label, color=colour)
+        axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
     axes.set_xticks(range(len(rows)), [row.task for row in rows])
     axes.set_ylabel("accuracy on held-out items (%)")
     axes.set_ylim(0, 110)
-    axes.set_title(f"{model}: before and after (bars: one standard error)")
+    axes.set_title(f"{model}: held-out accuracy (whiskers: one standard error)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     partial = path.with_name(f".{path.name}")

@@ -159,7 +159,7 @@ def retention_table(
             )
             for who, adapter in (("base", None), ("single", single), ("merged", merged))
         }
-        losses = {who: _item_losses_of(record.items) for who, record in records.items()}
+        losses = {who: losses_of_items(record.items) for who, record in records.items()}
         kept = retention(losses["base"], losses["single"], losses["merged"])
         accuracy = {
             who: (record.accuracy, record.accuracy_stderr or 0.0)
@@ -184,7 +184,8 @@ def retention_table(
     return rows
 
 
-def _item_losses_of(items: Sequence[dict[str, Any]]) -> ItemLosses:
+def losses_of_items(items: Sequence[dict[str, Any]]) -> ItemLosses:
+    """The losses in an evaluation record's items."""
     measured = [item for item in items if item["loss"] is not None]
     return ItemLosses(
         [item["loss"] * item["loss_tokens"] for item in measured], [item["loss_tokens"] for item in measured]
