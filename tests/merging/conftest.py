@@ -35,12 +35,10 @@ def randomise(model: torch.nn.Module, seed: int, scale: float = 0.2) -> None:
 def save(tmp_path: Path) -> Save:
     """Saves an adapter of random weights on the tiny model: ``save(name, config, seed)``."""
 
-    def _save(name: str, config: peft.PeftConfig, seed: int = 0, dtype: torch.dtype | None = None) -> SavedAdapter:
+    def _save(name: str, config: peft.PeftConfig, seed: int = 0, base: str = "tiny") -> SavedAdapter:
         model = peft.get_peft_model(make_model(), config)
         randomise(model, seed)
-        if dtype is not None:
-            model.to(dtype)
-        config.base_model_name_or_path = config.base_model_name_or_path or "tiny"
+        config.base_model_name_or_path = base
         model.save_pretrained(str(tmp_path / name), save_embedding_layers=False)
         return read_adapter(tmp_path / name)
 

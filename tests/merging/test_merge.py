@@ -1,0 +1,341 @@
+"""Whole merges, compared on outputs through PEFT's own loading and forward, never on A and B apart."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import make_model
+from flylora import UserError
+from flylora.merging import MergeConfig, MergeRecord, merge_adapters
+from flylora.merging.adapters import WEIGHTS_FILE, SavedAdapter, read_adapter
+from flylora.merging.record import RECORD_NAME
+from flylora.records import read_record
+from merging.conftest import Save, assert_same_outputs, fly, lora, outputs, weighted
+
+
+def merge(out: Path, adapters: list[SavedAdapter], method: str = "average", **options: Any) -> MergeRecord:
+    return merge_adapters(
+        MergeConfig(adapters=[str(a.path) for a in adapters], out=str(out), method=method, **options)  # type: ignore[arg-type]
+    )
+
+
+def varied(save: Save) -> list[SavedAdapter]:
+    """Different r, k, alpha, density, selection, targets, layers, per-module ranks and projections."""
+    return [
+        save("a", fly(projection_seed=1), 1),
+        save("b", fly(projection_seed=2, r=6, k=3, alpha=9, target_modules=["q_proj", "gate_proj"]), 2),
+        save("c", fly(projection_seed=3, r=5, k=5, alpha=1, density=0.5, layers_to_transform=[1]), 3),
+        save("d", fly(projection_seed=4, selection="signed", projection_init="rademacher", balance_rate=0.01), 4),
+    ]
+
+
+# --- routed and exact
+
+
+def test_the_average_is_the_mean_of_the_outputs(save: Save, tmp_path: Path) -> None:
+    adapters = varied(save)
+    record = merge(tmp_path / "out", adapters)
+    expected = weighted([outputs(a.path) for a in adapters], [0.25] * 4)
+    assert_same_outputs(outputs(tmp_path / "out"), expected)
+    assert record.exact
+    assert record.routed
+    assert record.weight_sum == 1
+
+
+def test_the_sum_takes_weights_as_they_are(save: Save, tmp_path: Path) -> None:
+    adapters = varied(save)
+    weights = [1.5, -0.5, 0.0, 2.0]
+    record = merge(tmp_path / "out", adapters, "sum", weights=weights)
+    assert_same_outputs(outputs(tmp_path / "out"), weighted([outputs(a.path) for a in adapters], weights))
+    assert record.weight_sum == 3.0
+
+
+def test_the_average_divides_weights_by_their_sum(save: Save, tmp_path: Path) -> None:
+    adapters = varied(save)[:2]
+    record = merge(tmp_path / "out", adapters, weights=[3.0, 1.0])
+    assert [entry["weight"] for entry in record.inputs] == [0.75, 0.25]
+    assert_same_outputs(outputs(tmp_path / "out"), weighted([outputs(a.path) for a in adapters], [0.75, 0.25]))
+
+
+def test_a_rank_pattern_keeps_its_own_density(save: Save, tmp_path: Path) -> None:
+    adapters = [save("a", fly(rank_pattern={"q_proj": 4}), 1), save("b", fly(projection_seed=2), 2)]
+    merge(tmp_path / "out", adapters)
+    assert_same_outputs(outputs(tmp_path / "out"), weighted([outputs(a.path) for a in adapters], [0.5, 0.5]))
+
+
+def test_a_stored_projection_that_no_seed_gives_survives(save: Save, tmp_path: Path) -> None:
+    model = peft.get_peft_model(make_model(), fly(save_projection=True))
+    for module in model.modules():
+        if hasattr(module, "flylora_A"):
+            module.flylora_A["default"][0].mul_(4)
+            module.flylora_B["default"].data.normal_()
+    model.save_pretrained(str(tmp_path / "edited"))
+    adapters = [read_adapter(tmp_path / "edited"), save("b", fly(projection_seed=2), 2)]
+    merge(tmp_path / "out", adapters)
+    assert_same_outputs(outputs(tmp_path / "out"), weighted([outputs(a.path) for a in adapters], [0.5, 0.5]))
+
+
+def test_order_does_not_matter(save: Save, tmp_path: Path) -> None:
+    adapters = varied(save)[:3]
+    reference = None
+    for number, order in enumerate(itertools.permutations(adapters)):
+        merge(tmp_path / f"out{number}", list(order))
+        found = outputs(tmp_path / f"out{number}")
+        reference = reference or found
+        assert_same_outputs(found, reference)
+
+
+@pytest.mark.parametrize("method", ["average", "sum", "least_squares"])
+@pytest.mark.parametrize("kind", ["flylora", "lora"])
+def test_one_adapter_gives_itself_back_bit_for_bit(save: Save, tmp_path: Path, method: str, kind: str) -> None:
+    config = fly(alpha=7) if kind == "flylora" else lora(lora_alpha=7, use_rslora=True, rank_pattern={"q_proj": 3})
+    adapter = save("a", config, 5)
+    merge(tmp_path / "out", [adapter], method)
+    before, after = load_file(adapter.path / WEIGHTS_FILE), load_file(tmp_path / "out" / WEIGHTS_FILE)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert_same_outputs(outputs(tmp_path / "out"), outputs(adapter.path), 0)
+
+
+def test_one_adapter_can_be_scaled(save: Save, tmp_path: Path) -> None:
+    adapter = save("a", fly(alpha=7), 5)
+    merge(tmp_path / "out", [adapter], "sum", weights=[-2.5])
+    assert_same_outputs(outputs(tmp_path / "out"), weighted([outputs(adapter.path)], [-2.5]))
+
+
+def test_merged_adapters_merge_further(save: Save, tmp_path: Path) -> None:
+    a, b, c, d = varied(save)
+    merge(tmp_path / "ab", [a, b])
+    merge(tmp_path / "cd", [c, d], "sum", weights=[1.0, 2.0])
+    merge(tmp_path / "out", [read_adapter(tmp_path / "ab"), read_adapter(tmp_path / "cd")], "sum")
+    expected = weighted([outputs(x.path) for x in (a, b, c, d)], [0.5, 0.5, 1.0, 2.0])
+    assert_same_outputs(outputs(tmp_path / "out"), expected)
+
+
+def test_a_merge_with_itself_doubles_and_grows_no_block(save: Save, tmp_path: Path) -> None:
+    adapter = save("a", fly(), 1)
+    merge(tmp_path / "out", [adapter, adapter], "sum")
+    assert read_adapter(tmp_path / "out").rank("model.layers.0.self_attn.q_proj") == 8
+    assert_same_outputs(outputs(tmp_path / "out"), weighted([outputs(adapter.path)], [2.0]))
+
+
+def test_a_merged_adapter_saves_and_reloads_through_peft(save: Save, tmp_path: Path) -> None:
+    merge(tmp_path / "out", varied(save))
+    model = peft.PeftModel.from_pretrained(make_model(), str(tmp_path / "out"))
+    model.save_pretrained(str(tmp_path / "again"), save_embedding_layers=False)
+    assert_same_outputs(outputs(tmp_path / "again"), outputs(tmp_path / "out"), 0)
+
+
+# --- a shared projection
+
+
+def shared(save: Save) -> tuple[SavedAdapter, SavedAdapter]:
+    return save("a", fly(projection_seed=7), 1), save("b", fly(projection_seed=7, alpha=4), 2)
+
+
+def test_a_shared_projection_becomes_one_block_with_the_mean_routing_bias(save: Save, tmp_path: Path) -> None:
+    a, b = shared(save)
+    record = merge(tmp_path / "out", [a, b], "sum", weights=[0.3, 0.9])
+    assert record.shared
+    assert not record.exact
+    merged = read_adapter(tmp_path / "out")
+    for module in merged.modules:
+        parts = [a.factors(module), b.factors(module)]
+        found = merged.factors(module)
+        mean = (parts[0].steps + parts[1].steps).double().div(2).round()
+        assert torch.equal(found.steps.double(), mean)
+        expected = 0.3 * parts[0].scaled_up() + 0.9 * parts[1].scaled_up()
+        torch.testing.assert_close(found.scaled_up(), expected)
+
+
+def test_with_equal_routing_biases_the_one_block_is_exact(save: Save, tmp_path: Path) -> None:
+    a, b = shared(save)
+    tensors = load_file(a.path / WEIGHTS_FILE)
+    others = load_file(b.path / WEIGHTS_FILE)
+    save_file(
+        {key: tensors[key] if "flylora_d" in key else value for key, value in others.items()}, b.path / WEIGHTS_FILE
+    )
+    merge(tmp_path / "out", [a, read_adapter(b.path)], "sum", weights=[0.3, 0.9])
+    assert_same_outputs(outputs(tmp_path / "out"), weighted([outputs(a.path), outputs(b.path)], [0.3, 0.9]))
+
+
+def test_blocks_can_be_kept_apart_on_request(save: Save, tmp_path: Path) -> None:
+    a, b = shared(save)
+    record = merge(tmp_path / "out", [a, b], "sum", weights=[0.3, 0.9], share=False)
+    assert record.exact
+    assert_same_outputs(outputs(tmp_path / "out"), weighted([outputs(a.path), outputs(b.path)], [0.3, 0.9]))
+
+
+def test_an_equal_seed_with_another_k_is_another_block(save: Save, tmp_path: Path) -> None:
+    a = save("a", fly(projection_seed=7, density=0.25), 1)
+    b = save("b", fly(projection_seed=7, density=0.25, k=4), 2)
+    record = merge(tmp_path / "out", [a, b])
+    assert not record.shared
+    assert_same_outputs(outputs(tmp_path / "out"), weighted([outputs(a.path), outputs(b.path)], [0.5, 0.5]))
+
+
+# --- plain LoRA
+
+
+def test_loras_add_up_exactly(save: Save, tmp_path: Path) -> None:
+    adapters = [
+        save("a", lora(use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}), 1),
+        save("b", lora(r=3, lora_alpha=5, target_modules="all-linear"), 2),
+    ]
+    record = merge(tmp_path / "out", adapters, "sum", weights=[0.5, 1.5])
+    assert_same_outputs(outputs(tmp_path / "out"), weighted([outputs(a.path) for a in adapters], [0.5, 1.5]))
+    assert record.exact
+    assert not record.routed
+
+
+def test_a_lora_sum_can_be_cut_to_the_best_of_a_rank(save: Save, tmp_path: Path) -> None:
+    adapters = [save("a", lora(r=2), 1), save("b", lora(r=3), 2)]
+    record = merge(tmp_path / "out", adapters, "sum", rank=4)
+    module = "model.layers.0.self_attn.q_proj"
+    whole = sum(adapter.factors(module).delta() for adapter in adapters)
+    cut = read_adapter(tmp_path / "out").factors(module)
+    singular = torch.linalg.svdvals(whole)
+    assert cut.rank == 4
+    torch.testing.assert_close((whole - cut.delta()).norm(), singular[4], rtol=1e-4, atol=1e-5)
+    assert 0 < record.measured["rank_error_max"] < 1
+    assert not record.exact
+
+
+# --- updates as matrices
+
+
+@pytest.mark.parametrize("method", ["ties", "dare", "dare_ties", "magnitude_prune", "knots"])
+@pytest.mark.parametrize("kind", ["flylora", "lora"])
+def test_matrix_methods_work_on_the_updates(save: Save, tmp_path: Path, method: str, kind: str) -> None:
+    """At full density and full rank each is the (mean or weighted) sum of the updates, whatever the factors."""
+    if kind == "lora":
+        adapters = [save("a", lora(target_modules=["q_proj"]), 1)]
+    else:
+        adapters = [save("a", fly(k=8, alpha=9, target_modules=["q_proj"]), 1)]
+    merge(tmp_path / "out", adapters, method, density=1.0)
+    assert_same_outputs(outputs(tmp_path / "out"), outputs(adapters[0].path), 1e-4)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "knots"])
+def test_matrix_methods_do_not_depend_on_order(save: Save, tmp_path: Path, method: str) -> None:
+    adapters = varied(save)[:2]
+    merge(tmp_path / "ab", adapters, method)
+    merge(tmp_path / "ba", adapters[::-1], method)
+    assert_same_outputs(outputs(tmp_path / "ab"), outputs(tmp_path / "ba"), 1e-3)
+
+
+def test_matrix_methods_make_a_lora_that_peft_loads(save: Save, tmp_path: Path) -> None:
+    record = merge(tmp_path / "out", varied(save)[:2], "ties", rank=3)
+    assert not record.routed
+    assert peft.PeftConfig.from_pretrained(str(tmp_path / "out")).peft_type == "LORA"
+    assert set(record.measured) == {"rank_error_mean", "rank_error_max"}
+    assert read_adapter(tmp_path / "out").rank("model.layers.0.self_attn.q_proj") == 3
+
+
+def test_matrix_methods_keep_the_routing_of_a_shared_projection(save: Save, tmp_path: Path) -> None:
+    a, b = shared(save)
+    record = merge(tmp_path / "out", [a, b], "ties", density=1.0)
+    assert record.routed
+    merged = read_adapter(tmp_path / "out")
+    module = merged.modules[0]
+    ups = [a.factors(module).scaled_up(), b.factors(module).scaled_up()]
+    agree = torch.sign(ups[0]) == torch.sign(ups[1])
+    mean = (ups[0] + ups[1]) / 2
+    stronger = torch.where(ups[0].abs() >= ups[1].abs(), *ups)
+    torch.testing.assert_close(merged.factors(module).scaled_up(), torch.where(agree, mean, stronger))
+
+
+# --- refusals
+
+
+def test_what_cannot_be_merged_is_refused_and_leaves_nothing(save: Save, tmp_path: Path) -> None:
+    a, b = save("a", fly(), 1), save("b", fly(projection_seed=2), 2)
+    other_base = save("c", fly(), 3, base="another")
+    plain = save("l", lora(), 4)
+    before = sorted(tmp_path.iterdir())
+    out = tmp_path / "out"
+    cases: list[tuple[list[SavedAdapter], str, dict[str, Any], str]] = [
+        ([a, b], "factor_average", {}, "cross terms"),
+        ([a, plain], "average", {}, "one routes and one does not"),
+        ([a, other_base], "average", {}, "tiny and .* on another"),
+        ([a, b], "average", {"weights": [1.0, -1.0]}, "sum to 0"),
+        ([a, b], "average", {"weights": [1.0]}, "1 weights for 2 adapters"),
+        ([a, b], "average", {"density": 0.5}, "density means nothing to average"),
+        ([a, b], "ties", {"density": 0.0}, "must lie in"),
+        ([a, b], "ties", {"calibrate": ["x", "y"]}, "calibrate means nothing to ties"),
+        ([a, b], "average", {"rank": 3}, "keeps every input's routing"),
+        ([a, b], "least_squares", {}, "needs text of each task"),
+        ([a, b], "least_squares", {"calibrate": ["x"]}, "1 tasks for 2 adapters"),
+        ([a, b], "least_squares", {"calibrate": ["no.safetensors"] * 2}, "no calibration file"),
+        ([a, b], "nonsense", {}, "choose one of average, sum"),
+        ([a, b], "sum", {"search": True}, "needs tasks"),
+        ([], "sum", {}, "No adapter"),
+    ]
+    for adapters, method, options, sentence in cases:
+        with pytest.raises(UserError, match=sentence):
+            merge(out, adapters, method, **options)
+        assert sorted(tmp_path.iterdir()) == before
+
+
+def test_different_bases_merge_when_the_user_says_they_are_one(save: Save, tmp_path: Path) -> None:
+    a, c = save("a", fly(), 1), save("c", fly(projection_seed=2), 3, base="another")
+    merge(tmp_path / "out", [a, c], base_model="mine")
+    assert read_adapter(tmp_path / "out").base_model == "mine"
+
+
+def test_other_shapes_are_refused_naming_the_module(save: Save, tmp_path: Path) -> None:
+    a = save("a", fly(), 1)
+    model = peft.get_peft_model(make_model(hidden_size=16), fly())
+    model.peft_config["default"].base_model_name_or_path = "tiny"
+    model.save_pretrained(str(tmp_path / "narrow"), save_embedding_layers=False)
+    with pytest.raises(UserError, match=r"down_proj has 32 outputs .* and 16 outputs"):
+        merge(tmp_path / "out", [a, read_adapter(tmp_path / "narrow")])
+
+
+def test_an_interrupted_merge_leaves_nothing(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = varied(save)[:2]
+    before = sorted(tmp_path.iterdir())
+    calls = []
+
+    def interrupt(self: Any, key: str, tensor: Any) -> None:
+        calls.append(key)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("flylora.merging.adapters.TensorFile.write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        merge(tmp_path / "out", adapters)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_existing_output_is_kept_unless_it_may_be_overwritten(save: Save, tmp_path: Path) -> None:
+    adapters = varied(save)[:2]
+    merge(tmp_path / "out", adapters)
+    first = read_adapter(tmp_path / "out").fingerprint
+    with pytest.raises(UserError, match="already exists"):
+        merge(tmp_path / "out", adapters, "sum")
+    assert read_adapter(tmp_path / "out").fingerprint == first
+    merge(tmp_path / "out", adapters, "sum", overwrite=True)
+    assert read_adapter(tmp_path / "out").fingerprint != first
+
+
+# --- the record
+
+
+def test_the_record_says_what_was_merged(save: Save, tmp_path: Path) -> None:
+    adapters = varied(save)[:2]
+    record = merge(tmp_path / "out", adapters, "sum", weights=[0.5, 1.0])
+    read = read_record(tmp_path / "out" / RECORD_NAME, MergeRecord)
+    assert read.adapter_fingerprint == read_adapter(tmp_path / "out").fingerprint == record.adapter_fingerprint
+    assert [entry["fingerprint"] for entry in read.inputs] == [a.fingerprint for a in adapters]
+    assert [entry["weight"] for entry in read.inputs] == [0.5, 1.0]
+    assert read.config["method"] == "sum"
+    assert json.loads((tmp_path / "out" / RECORD_NAME).read_text())["provenance"]["versions"]["peft"]
