@@ -110,7 +110,7 @@ class _Command:
     config: type[Any]
     run: Callable[[Any], None]
     help: str
-    positional: str | None = None
+    positional: str | None = None  # its only field, if it is given without a name
 
 
 COMMANDS = {
@@ -161,7 +161,7 @@ def parse(argv: Sequence[str]) -> tuple[_Command, Any]:
         subparser = ArgumentParser(description=f"{command.help.capitalize()}.", exit_on_error=False)
         subparser.add_argument("--config", action="config", help="YAML file with any of these options")
         if command.positional is not None:
-            subparser.add_argument(command.positional, type=str)
+            subparser.add_argument(command.positional, type=str, help="folder of a saved adapter")
         subparser.add_class_arguments(command.config, skip={command.positional} if command.positional else None)
         subcommands.add_subcommand(name, subparser, help=command.help)
     chosen = parser.parse_args(_as_jsonargparse_spells(list(argv)))
