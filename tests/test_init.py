@@ -11,10 +11,12 @@ import peft
 import pytest
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.peft_types import PeftType
+from transformers import AutoModelForCausalLM
 
 import flylora
 from flylora.tuner.registration import register
 from fresh import run_fresh
+from tiny_models import config, llama
 
 _REPORT = """
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as configs
@@ -44,14 +46,44 @@ print(json.dumps([heavy, dict(os.environ) == environment, random.getstate() == s
 """
 
 
+# What a user without flylora might try on an adapter folder; the last line only runs when it was loaded.
+LOADS = {
+    "peft": "from peft import PeftModel\nPeftModel.from_pretrained(base, {folder!r})",
+    "config": "from peft import PeftConfig\nPeftConfig.from_pretrained({folder!r})",
+    "transformers": "base.load_adapter({folder!r})",
+    "its folder as a model": "AutoModelForCausalLM.from_pretrained({folder!r})",
+}
+_BASE = """
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained({base!r})
+"""
+
+
 @pytest.fixture(scope="module")
-def registrations() -> dict[str, str]:
-    return run_fresh({name: order + _REPORT for name, order in ORDERS.items()})
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What fresh processes printed: those that import in some order, and those that load an adapter."""
+    folder = tmp_path_factory.mktemp("adapter")
+    base = tmp_path_factory.mktemp("base")
+    llama().save_pretrained(base)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config()).save_pretrained(folder)
+    loads = {
+        name: (_BASE + script + "\nprint('LOADED')").format(base=str(base), folder=str(folder))
+        for name, script in LOADS.items()
+    }
+    orders = {name: order + _REPORT for name, order in ORDERS.items()}
+    return run_fresh({**orders, **loads, "with flylora": "import flylora\n" + loads["transformers"]})
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_registers_in_any_order_of_imports(order: str, registrations: dict[str, str]) -> None:
-    assert registrations[order].split() == ["flylora.tuner.config", "True", "SourceFileLoader", "True"]
+def test_registers_in_any_order_of_imports(order: str, fresh: dict[str, str]) -> None:
+    assert fresh[order].split() == ["flylora.tuner.config", "True", "SourceFileLoader", "True"]
+
+
+@pytest.mark.parametrize("way", LOADS)
+def test_loading_without_flylora_fails_loudly(way: str, fresh: dict[str, str]) -> None:
+    assert "LOADED" in fresh["with flylora"]  # so it is the import that matters
+    assert "LOADED" not in fresh[way]
+    assert "FLYLORA" in fresh[way].strip().splitlines()[-1]
 
 
 def test_importing_is_light_and_changes_nothing() -> None:

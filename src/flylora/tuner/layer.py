@@ -160,10 +160,7 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         ranks = sum(block.r for block in blocks)
         seeds = tuple(functional.derive_seed(block.projection_seed, self.module_name) for block in blocks)
         self.block_configs[adapter_name] = blocks
-        self.routing[adapter_name] = tuple(
-            Block(block.r, block.k, block.selection, seed % (1 << 32))
-            for block, seed in zip(blocks, seeds, strict=True)
-        )
+        self.routing[adapter_name] = tuple(Block(block.r, block.k, block.selection) for block in blocks)
         self.scaling[adapter_name] = self.base_scaling[adapter_name] = config.scaling_at(self.module_name)
         self.flylora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.flylora_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, ranks))
@@ -175,9 +172,9 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
             self.expert_load[adapter_name] = torch.zeros(ranks, dtype=torch.int64, device="cpu")
         self.projection_state[adapter_name] = ProjectionState(seeds)
         self.flylora_A.pop(adapter_name, None)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.flylora_seed.changed.discard(adapter_name)
         self.flylora_fingerprint.changed.discard(adapter_name)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
         if self.flylora_B[adapter_name].device.type != "meta":
             self.projection(adapter_name)
@@ -224,6 +221,11 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         with torch.inference_mode(False):
             self.flylora_A[adapter_name] = torch.cat([functional.densify(part, self.in_features) for part in parts])
         self.projection_state[adapter_name] = ProjectionState(seeds, digests, restored)
+        # Random selection follows the seed in use, too, which a file may have brought.
+        self.routing[adapter_name] = tuple(
+            block._replace(noise_seed=seed % (1 << 32))
+            for block, seed in zip(self.routing[adapter_name], seeds, strict=True)
+        )
         self._write_identity(adapter_name)
 
     def _write_identity(self, adapter_name: str) -> None:
@@ -245,8 +247,6 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         if seed.device.type == "meta" or digest.device.type == "meta":
             return
         digests = tuple(bytes(row.tolist()) for row in digest.cpu())
-        if not any(map(any, digests)):
-            return  # saved before any A was generated: nothing to check against
         seeds = tuple(seed.tolist())
         state = self.projection_state[adapter_name]
         if (state.seeds, state.digests) == (seeds, digests) and adapter_name in self.flylora_A:
@@ -511,7 +511,8 @@ def identity_tensors(state: ProjectionState) -> tuple[Tensor, Tensor]:
 _MISMATCH = (
     "The projection of {name} is not the one that this adapter was trained with: seed and fingerprint in the adapter "
     "file disagree, so the file or its config's r, density or projection_init was altered, or the base model is "
-    "another one: get the original adapter and base, or an adapter saved with save_projection=True."
+    "another one: get the original adapter and base, or one saved with save_projection=True, which only "
+    "PeftModel.from_pretrained and load_adapter of a PeftModel can read."
 )
 
 ROUTED_MERGE = (
