@@ -100,7 +100,9 @@ def _settings(adapter: SavedAdapter) -> dict[str, Any]:
 
 def _summarise(adapter: SavedAdapter, name: str, shares: list[float] | None) -> ModuleSummary:
     factors = adapter.small(name)
-    n = adapter.in_features(name)
+    # The config's n comes first: what adapter.in_features finds has the right fingerprint by construction.
+    recorded = adapter.config.in_features_at(name) if isinstance(adapter.config, FlyLoraConfig) else None
+    n = recorded or adapter.in_features(name)
     fits: bool | None = None
     if adapter.kind == "flylora" and n is not None:
         try:
