@@ -1,0 +1,67 @@
+"""The options of `flylora export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flylora.cli import EXIT_USER_ERROR, main, parse
+from flylora.errors import UserError
+from flylora.export import ExportConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"texts": 0}, "texts must be at least 1"),
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"gap_texts": -1}, "gap_texts must be at least 1"),
+        ({"ridge": -0.1}, "ridge is -0.1"),
+        ({"ridge": float("nan")}, "ridge is nan"),
+        ({"shard_gb": 0.0}, "shard_gb is 0.0"),
+        ({"moments_gb": float("inf")}, "moments_gb is inf"),
+        ({"to": "full", "rank": 3}, "leave it out, or export to lora"),
+        ({"save_dtype": "bfloat16"}, "save_dtype is for full models"),
+    ],
+)
+def test_values_that_cannot_be_meant(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        ExportConfig(**{"adapter": "a", "to": "lora", "out": "b", **changes})
+
+
+def test_the_command_line_takes_lists_of_texts_and_tasks() -> None:
+    _, config = parse(
+        [
+            "export",
+            "a",
+            "--to",
+            "lora",
+            "--out",
+            "b",
+            "--calibrate",
+            "x.txt",
+            "y",
+            "--evaluate",
+            "z",
+            "--gap-texts",
+            "9",
+        ]
+    )
+    assert config == ExportConfig(
+        adapter="a", to="lora", out="b", calibrate=["x.txt", "y"], evaluate=["z"], gap_texts=9
+    )
+
+
+def test_an_error_is_one_line_and_exit_code_2(routed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(routed), "--to", "full", "--out", str(tmp_path / "out")]) == EXIT_USER_ERROR
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_what_is_shown(linear: Path, tmp_path: Path, prose: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--calibrate", str(prose), "--out", str(tmp_path / "out"), "--dtype", "float32"]
+    assert main(["export", str(linear), "--to", "lora", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "exact" in shown
+    assert "KL to the adapter" in shown
