@@ -63,6 +63,8 @@ def _made(loaded: LoadedModel, folder: Path) -> PeftModel:
     """
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
+    # PEFT would warn that the base has another name; whether it is another one is told by hash and shapes.
+    config.base_model_name_or_path = None
     with torch.random.fork_rng():
         return get_peft_model(loaded.model, config)
 
