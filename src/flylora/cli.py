@@ -21,6 +21,7 @@ from flylora import __version__
 from flylora.errors import UserError
 from flylora.evaluation.config import EvalConfig
 from flylora.export.config import ExportConfig
+from flylora.merging.config import CalibrateConfig, MergeConfig
 from flylora.training.config import TrainConfig
 from flylora.training.interrupt import TrainingInterrupted
 
@@ -83,6 +84,20 @@ def _export(config: ExportConfig) -> None:
     show_export(export(config))
 
 
+def _merge(config: MergeConfig) -> None:
+    from flylora.merging import merge_adapters
+    from flylora.merging.show import show_merge
+
+    show_merge(merge_adapters(config))
+
+
+def _calibrate(config: CalibrateConfig) -> None:
+    from flylora.merging import calibrate
+    from flylora.merging.show import show_calibration
+
+    show_calibration(calibrate(config), config)
+
+
 def _preview(config: PreviewConfig) -> None:
     from rich import print as show
 
@@ -111,12 +126,17 @@ class _Command:
     run: Callable[[Any], None]
     help: str
     positional: str | None = None  # its only field, if it is given without a name
+    many: bool = False  # whether the positional field takes several values
 
 
 COMMANDS = {
     "train": _Command(TrainConfig, _train, "train an adapter on a task"),
     "eval": _Command(EvalConfig, _eval, "evaluate a model, with or without an adapter, on a task"),
     "export": _Command(ExportConfig, _export, "write an adapter as a plain LoRA or as full weights", "adapter"),
+    "merge": _Command(MergeConfig, _merge, "merge adapters into one", "adapters", many=True),
+    "calibrate": _Command(
+        CalibrateConfig, _calibrate, "gather what a least squares merge needs of a task", "adapters", many=True
+    ),
     "preview": _Command(PreviewConfig, _preview, "print examples of a task with the trained tokens coloured"),
     "inspect": _Command(InspectConfig, _inspect, "show what a saved adapter is", positional="adapter"),
 }
@@ -161,7 +181,8 @@ def parse(argv: Sequence[str]) -> tuple[_Command, Any]:
         subparser = ArgumentParser(description=f"{command.help.capitalize()}.", exit_on_error=False)
         subparser.add_argument("--config", action="config", help="YAML file with any of these options")
         if command.positional is not None:
-            subparser.add_argument(command.positional, type=str, help="folder of a saved adapter")
+            several: dict[str, Any] = {"nargs": "+"} if command.many else {}
+            subparser.add_argument(command.positional, type=str, help="folder of a saved adapter", **several)
         subparser.add_class_arguments(command.config, skip={command.positional} if command.positional else None)
         subcommands.add_subcommand(name, subparser, help=command.help)
     chosen = parser.parse_args(_as_jsonargparse_spells(list(argv)))
@@ -184,13 +205,18 @@ def _as_jsonargparse_spells(argv: list[str]) -> list[str]:
             kind = types.get(word[2:], "")
             if "bool" in kind and not (rest and rest[0] in ("true", "false", "null")):
                 word += "=true"
-            elif kind.startswith("list") and rest and not rest[0].startswith(("-", "[")):
+            elif kind.startswith("list") and rest and not rest[0].startswith("[") and _is_value(rest[0]):
                 values = []
-                while rest and not rest[0].startswith("-"):
+                while rest and _is_value(rest[0]):
                     values.append(rest.pop(0))
-                word += f"={json.dumps(values)}"
+                word += f"=[{', '.join(values)}]" if "float" in kind else f"={json.dumps(values)}"
         spelled.append(word)
     return spelled
+
+
+def _is_value(word: str) -> bool:
+    """Whether a word is no option; a negative number is none."""
+    return not word.startswith("-") or re.fullmatch(r"-[\d.]+(e-?\d+)?", word) is not None
 
 
 def _one_sentence(error: Exception) -> str:
