@@ -6,15 +6,18 @@ training, where both are known, and in evaluation, where the completion is still
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from flylora.errors import UserError
-from flylora.tasks.base import Example
+from flylora.tasks.base import Example, Split, Task
 
 IGNORED = -100
 """The label that PyTorch's cross-entropy leaves out."""
@@ -48,6 +51,8 @@ class EncodedSet:
 def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[int]:
     """The ids a completion follows: with the tokenizer's own beginning-of-sequence token, if it adds one.
 
+    An empty prompt is that token alone, if there is one, so that the first token of the completion can be learnt.
+
     Args:
         prompt: The prompt of an example.
         tokenizer: The model's tokenizer.
@@ -59,15 +64,20 @@ def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, chat_template
     if chat_template:
         return _ids(_render_chat(tokenizer, [{"role": "user", "content": prompt}], True), tokenizer)
     bare = _ids(prompt, tokenizer)
+    if not bare:
+        return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     full = list(tokenizer(prompt)["input_ids"])
     # What the tokenizer adds in front (a beginning of sequence) stays; what it adds behind (an end) must not.
-    added = next((i for i in range(len(full) - len(bare) + 1) if bare and full[i : i + len(bare)] == bare), 0)
+    added = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
     return [*full[:added], *bare]
 
 
-def encode_completion(completion: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of a completion, without any special token."""
-    return _ids(completion, tokenizer)
+def encode_completion(completion: str, tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[int]:
+    """The ids of a completion, without any special token.
+
+    The one space that sets a completion off from a plain prompt is left out where a chat template opens the turn.
+    """
+    return _ids(completion.removeprefix(" ") if chat_template else completion, tokenizer)
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> int:
@@ -115,7 +125,7 @@ def encode(
     The completion and the token that ends it are never cut.
     """
     prompt = encode_prompt(example.prompt, tokenizer, chat_template)
-    learnt = [*encode_completion(example.completion, tokenizer), end_token_id(tokenizer, chat_template)]
+    learnt = [*encode_completion(example.completion, tokenizer, chat_template), end_token_id(tokenizer, chat_template)]
     if truncate_prompt:
         fitted = fit_prompt(example.prompt, tokenizer, max_length - len(learnt), chat_template)
         prompt = prompt if fitted is None else fitted
@@ -181,13 +191,80 @@ class CompletionCollator:
         return out
 
 
+def render_preview(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    n: int = 3,
+    split: Split = "train",
+    chat_template: bool | None = None,
+    max_length: int | None = None,
+) -> RenderableType:
+    """A few examples as a model is trained on them, the trained tokens in colour, and token counts of the whole split.
+
+    Neighbouring trained tokens differ in shade, so that their boundaries can be seen.
+
+    Args:
+        task: The task.
+        tokenizer: The model's tokenizer.
+        n: How many examples, drawn as ``Task.examples`` draws them.
+        split: Which split.
+        chat_template: Whether prompts go through the chat template; the task's own choice if left out.
+        max_length: In tokens; the task's own if left out.
+
+    Returns:
+        Something for ``rich.print``.
+    """
+    chat = task.chat_template if chat_template is None else chat_template
+    length = max_length or task.max_length
+    panels: list[RenderableType] = []
+    for example in task.examples(split, n):
+        encoded = encode(example, tokenizer, length, chat, task.truncate_prompt)
+        panels.append(_panel(example, encoded, tokenizer, length))
+    found = encode_all(task.examples(split), tokenizer, length, chat, task.truncate_prompt)
+    sizes = [len(item.input_ids) for item in found.items]
+    summary = Text(
+        f"{task.name} {task.version}, {split}: {len(sizes)} examples, {sum(sizes)} tokens "
+        f"({sum(sizes) / len(sizes):.1f} each, at most {max(sizes)}), {found.trained_tokens} of them trained"
+    )
+    if found.dropped:
+        shown = ", ".join(found.dropped_ids[:5]) + (", …" if found.dropped > 5 else "")
+        summary.append(f"\n{found.dropped} do not fit in {length} tokens and are dropped: {shown}", style="red")
+    return Group(*panels, summary)
+
+
+def _panel(
+    example: Example, encoded: Encoded | None, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> RenderableType:
+    if encoded is None:
+        return Panel(Text(f"does not fit in {max_length} tokens", style="red"), title=Text(example.id))
+    body = Text()
+    trained = [label != IGNORED for label in encoded.labels]
+    body.append(tokenizer.decode(encoded.input_ids[: trained.index(True)]), style="dim")
+    shades = ("bold black on green", "bold black on bright_green")
+    for number, piece in enumerate(_pieces(encoded.input_ids[trained.index(True) :], tokenizer)):
+        body.append(piece, style=shades[number % 2])
+    counts = f"{len(trained)} tokens, {sum(trained)} trained"
+    return Panel(body, title=Text(example.id), subtitle=counts, title_align="left", subtitle_align="right")
+
+
+def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The text of each token; tokens that share a character are one piece."""
+    waiting: list[int] = []
+    for token in ids:
+        waiting.append(token)
+        text = tokenizer.decode(waiting)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text
+            waiting = []
+    if waiting:
+        yield tokenizer.decode(waiting)
+
+
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _render_chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], open_turn: bool) -> str:
     if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            "The tokenizer has no chat template: leave chat_template out, or set one on the tokenizer."
-        )
+        raise UserError("The tokenizer has no chat template: leave chat_template out, or set one on the tokenizer.")
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_turn))

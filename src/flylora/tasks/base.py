@@ -119,12 +119,18 @@ class Task:
             digest.update(json.dumps(asdict(example), sort_keys=True).encode())
         return digest.hexdigest()
 
-    def extract(self, output: str) -> str | None:
-        """The answer in generated text, cut at the first stop string; ``None`` where there is none."""
+    def extract(self, output: str, extractor: str | None = None) -> str | None:
+        """The answer in generated text, cut at the first stop string; ``None`` where there is none.
+
+        Args:
+            output: Generated text.
+            extractor: One of ``also_extractors`` in place of ``extractor``.
+        """
         ends = [at for at in map(output.find, self.stop) if at >= 0]
         output = output[: min(ends)] if ends else output
-        return EXTRACTORS[self.extractor](output) if self.pattern is None else last_match(self.pattern, output)
+        name = extractor or self.extractor
+        return last_match(self.pattern or "", output) if name == REGEX else EXTRACTORS[name](output)
 
-    def score(self, output: str, example: Example) -> float:
+    def score(self, output: str, example: Example, extractor: str | None = None) -> float:
         """The metric, from 0 to 1, of generated text against the answer of ``example``."""
-        return METRICS[self.metric](self.extract(output), example.answer)
+        return METRICS[self.metric](self.extract(output, extractor), example.answer)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from decimal import Decimal
 
 # A sign counts only where it cannot be a minus between two numbers; a comma only as a thousands separator.
-_NUMBER = r"(?<![\w.])[-+−]?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])[-+−]?\$?\.\d+"
+_NUMBER = r"(?:(?<![\w)])[-+−])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
 _FOUND_NUMBER = re.compile(_NUMBER)
 _STRICT_NUMBER = re.compile(rf"####\s*({_NUMBER})")
 _NAMED_LETTER = re.compile(r"\banswer\b(?:\s+is)?\s*:?\s*[(*\[]*([A-Z])\b(?!['’])", re.IGNORECASE)
