@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from conftest import make_tokenizer
 from flylora.errors import UserError
 from flylora.evaluation.adapters import adapted
+from flylora.evaluation.run import OTHER_WEIGHTS
 from flylora.export import ExportConfig, export
 from flylora.export.record import RECORD_NAME, ExportRecord
 from flylora.export.texts import read_texts
 from flylora.functional import routed_codes, select
 from flylora.merging.adapters import read_adapter
 from flylora.models import LoadedModel, load_model
-from flylora.records import read_record
+from flylora.records import provenance, read_record, write_record
+from flylora.training.record import TrainRecord
 from fresh import run_fresh
 
 from .conftest import SaveAdapter
@@ -241,6 +244,31 @@ def test_the_base_model_is_found_by_the_adapter_and_the_record_is_whole(
     assert set(record.files) == {"adapter_config.json", "adapter_model.safetensors"}
     assert left_behind(tmp_path / "lora") == ["adapter_config.json", "adapter_model.safetensors", RECORD_NAME]
     assert left_behind(tmp_path) == ["lora"]
+
+
+def test_without_other_text_the_gap_is_measured_on_the_task_of_the_training_record(
+    routed: Path, loaded: LoadedModel, tmp_path: Path, tiny_task: Path
+) -> None:
+    adapter = shutil.copytree(routed, tmp_path / "adapter")
+    trained = TrainRecord(
+        status="complete",
+        provenance=provenance(seeds={}, data_sha256={}, model_sha256="of other weights"),
+        config={"task": str(tiny_task), "data_dir": None},
+        task={"name": "letters"},
+        dtype="float32",
+        examples=24,
+        dropped=0,
+        learnt_tokens=72,
+        trainable_parameters=1,
+        total_steps=1,
+    )
+    write_record(trained, adapter / "train_record.json")
+    record = export(settings(adapter, tmp_path / "lora", method="dense"), loaded)
+    assert (record.texts[0]["source"], record.texts[0]["texts"], record.gap["texts"]) == (str(tiny_task), 0, 8)
+    assert record.notes == [OTHER_WEIGHTS]
+    gone = replace(trained, config={"task": str(tmp_path / "gone.yaml"), "data_dir": None})
+    write_record(gone, adapter / "train_record.json")
+    assert export(settings(adapter, tmp_path / "again", method="dense"), loaded).gap is None
 
 
 # --- ranks, blocks, layouts ----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from peft import PeftModel
 
 from ..data import Encoded
 from ..errors import UserError
-from ..evaluation.adapters import adapted
+from ..evaluation.adapters import adapted, trained_on_other_weights
 from ..evaluation.config import EvalConfig
 from ..evaluation.record import EvalRecord
 from ..evaluation.run import OTHER_WEIGHTS
@@ -169,7 +169,7 @@ def _measure_before(
     before = _evaluated(work, work.loaded, None), _evaluated(work, work.loaded, work.adapter.path)
     work.notes += [EXACT] if work.linear else []
     work.notes += [NOT_MEASURED] if meter is None else []
-    work.notes += [OTHER_WEIGHTS] if any(OTHER_WEIGHTS in record.notes for record in before[1]) else []
+    work.notes += [OTHER_WEIGHTS] if trained_on_other_weights(work.adapter.path, work.loaded) else []
     return factors, meter, before
 
 
