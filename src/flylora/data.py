@@ -96,7 +96,8 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> int
     mark = "flylora-turn"
     turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": mark}]
     closing = _ids(_render_chat(tokenizer, turns, False).rpartition(mark)[2], tokenizer)
-    special = set(tokenizer.all_special_ids)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {*tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
     return next((token for token in closing if token in special), eos)
 
 

@@ -17,8 +17,8 @@ def test_known_elements_have_their_numbers() -> None:
     number = {symbol: number for number, symbol, _ in elements()}
     known = {
         "H": 1, "C": 6, "Na": 11, "Ar": 18, "K": 19, "Fe": 26, "Co": 27, "Ni": 28, "Br": 35, "Ag": 47, "Sn": 50,
-        "Te": 52, "I": 53, "Xe": 54, "Cs": 55, "La": 57, "Lu": 71, "W": 74, "Pt": 78, "Au": 79, "Hg": 80, "Pb": 82, "Rn": 86,
-        "Th": 90, "U": 92, "Pu": 94, "Lr": 103, "Cn": 112, "Og": 118,
+        "Te": 52, "I": 53, "Xe": 54, "Cs": 55, "La": 57, "Lu": 71, "W": 74, "Pt": 78, "Au": 79, "Hg": 80, "Pb": 82,
+        "Rn": 86, "Th": 90, "U": 92, "Pu": 94, "Lr": 103, "Cn": 112, "Og": 118,
     }  # fmt: skip
     assert {symbol: number[symbol] for symbol in known} == known
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from flylora.errors import UserError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 Format = Literal["json", "csv", "parquet"]
 _SUFFIXES: dict[str, Format] = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -47,8 +46,16 @@ class DataSource:
     seed: int = 0
 
 
-def read_table(source: DataSource, named: str | list[str], folder: Path) -> Dataset:
-    """The rows of one split, nested columns flattened to dotted names.
+@dataclass(frozen=True)
+class Table:
+    """Rows by column name; nested objects are columns of their own with dotted names, what a row lacks is ``None``."""
+
+    columns: list[str]
+    rows: list[dict[str, Any]]
+
+
+def read_table(source: DataSource, named: str | list[str], folder: Path) -> Table:
+    """The rows of one split.
 
     Args:
         source: Where the rows are.
@@ -58,57 +65,79 @@ def read_table(source: DataSource, named: str | list[str], folder: Path) -> Data
     Raises:
         UserError: The data are missing, empty or not readable.
     """
+    names = [named] if isinstance(named, str) else named
     if source.hub is not None:
-        where, table = f"the hub's data set {source.hub}", _read_hub(source, named)
+        where = f"the hub's data set {source.hub}"
+        found = [row for name in names for row in _load(where, source.hub, source.subset, name, source.revision)]
     else:
-        paths = [folder / name for name in ([named] if isinstance(named, str) else named)]
-        where, table = ", ".join(map(str, paths)), _read_files(source, paths)
-    if table.num_rows == 0:
+        where = ", ".join(str(folder / name) for name in names)
+        found = [row for name in names for row in _read_file(source, folder / name)]
+    if not found:
         raise UserError(f"There are no rows in {where}: give data that hold at least one.")
-    return table.flatten()
+    flat = [dict(_flattened(row)) for row in found]
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    return Table(columns, [{name: row.get(name) for name in columns} for row in flat])
 
 
-def _read_hub(source: DataSource, named: str | list[str]) -> Dataset:
-    if not isinstance(named, str):
-        raise UserError(f"A split of the hub's data set {source.hub} must be one name, not a list: write '{named[0]}'.")
-    return _load(source.hub, f"the hub's data set {source.hub}", source.subset, split=named, revision=source.revision)
+def _flattened(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
-def _read_files(source: DataSource, paths: Sequence[Path]) -> Dataset:
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"There is no data file {path}: check its name and the folder it is looked for in.")
-        with path.open("rb") as file:
-            if not file.read(1 << 16).strip():
-                raise UserError(f"The data file {path} is empty: give one that holds at least one row.")
-    forms = {source.format or _SUFFIXES.get(path.suffix.lower()) for path in paths}
-    if None in forms or len(forms) > 1:
+def _read_file(source: DataSource, path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise UserError(f"There is no data file {path}: check its name and the folder it is looked for in.")
+    with path.open("rb") as file:
+        if not file.read(1 << 16).strip():
+            raise UserError(f"The data file {path} is empty: give one that holds at least one row.")
+    form = source.format or _SUFFIXES.get(path.suffix.lower())
+    if form is None:
+        raise UserError(f"The format of {path} cannot be told from its name: set data.format to json, csv or parquet.")
+    if source.column_names is not None and form != "csv":
+        raise UserError("data.column_names is for CSV files without a header: leave it out for other formats.")
+    if form == "json":
+        return _read_json(path)
+    options = _csv_options(source.column_names, path) if form == "csv" else {}
+    return _load(str(path), form, None, "train", data_files=[str(path)], **options)
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    """Read without arrow, which takes text that looks like a date for one and so would change it."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        whole = text.lstrip().startswith("[")
+        rows = json.loads(text) if whole else [json.loads(line) for line in text.split("\n") if line.strip()]
+    except ValueError as error:
         raise UserError(
-            f"The format of {', '.join(map(str, paths))} cannot be told from the name: set data.format to json, csv "
-            "or parquet."
-        )
-    form = str(forms.pop())
+            f"Could not read {path} as JSON ({error}): give a list of objects or one object a line."
+        ) from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"Not all rows of {path} are JSON objects: give a list of objects or one object a line.")
+    return rows
+
+
+def _csv_options(column_names: list[str] | None, path: Path) -> dict[str, Any]:
+    from datasets import Features, Value
+
+    headless = {} if column_names is None else {"column_names": column_names, "header": None}
+    if column_names is None:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            column_names = next(csv.reader(file))
     # Text stays as it is written: neither "007" nor "NA" nor an empty cell is to be read as something else.
-    options: dict[str, Any] = {"dtype": str, "keep_default_na": False} if form == "csv" else {}
-    if source.column_names is not None:
-        if form != "csv":
-            raise UserError("data.column_names is for CSV files without a header: leave it out for other formats.")
-        options |= {"column_names": source.column_names, "header": None}
-    return _load(
-        form, paths[0] if len(paths) == 1 else f"{paths[0]} and the files beside it", **_files(paths), **options
-    )
+    return {**headless, "features": Features({n: Value("string") for n in column_names}), "keep_default_na": False}
 
 
-def _files(paths: Sequence[Path]) -> dict[str, Any]:
-    return {"data_files": [str(path) for path in paths], "split": "train"}
-
-
-def _load(name: str | None, where: str | Path, *arguments: Any, **options: Any) -> Dataset:
+def _load(
+    where: str, name: str, subset: str | None, split: str, revision: str | None = None, **options: Any
+) -> list[dict[str, Any]]:
     from datasets import load_dataset
 
     try:
-        return load_dataset(name, *arguments, **options)
+        return list(load_dataset(name, subset, split=split, revision=revision, **options))
     except Exception as error:  # the readers under it raise errors of a dozen unrelated classes
         cause = error.__cause__ or error.__context__ or error
         reason = next(iter(str(cause).splitlines()), "") or type(cause).__name__
-        raise UserError(f"Could not read {where} ({reason.rstrip('.')}): check its format and its content.") from error
+        raise UserError(f"Could not read {where} ({reason.rstrip('.')}): check its name and its content.") from error

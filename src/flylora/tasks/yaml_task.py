@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from flylora.errors import UserError
 from flylora.tasks.base import REGEX, SPLITS, Example, Kind, Split, Task
 from flylora.tasks.scoring import EXTRACTORS, METRICS
-from flylora.tasks.tables import DataSource, read_table
+from flylora.tasks.tables import DataSource, Table, read_table
 from flylora.tasks.templates import Template
 
 logger = logging.getLogger(__name__)
@@ -259,8 +259,8 @@ def _split(splits: Mapping[Split, list[Example]], split: Split) -> list[Example]
     return splits[split]
 
 
-def _examples(spec: TaskFile, split: Split, table: Any) -> list[Example]:
-    columns = list(table.column_names)
+def _examples(spec: TaskFile, split: Split, table: Table) -> list[Example]:
+    columns = table.columns
     written = [*columns, "choice"] if spec.has_choices else columns
     completion = _template("completion", spec.completion or " {choice}", written)
     write = _Writer(
@@ -268,11 +268,12 @@ def _examples(spec: TaskFile, split: Split, table: Any) -> list[Example]:
         prompt=_template("prompt", spec.prompt, columns),
         completion=completion,
         answer=None if spec.answer is None else _template("answer", spec.answer, columns),
-        id=_template("id", spec.id or split + "-{row}", [*columns, "row"]),
+        split=split,
+        id=None if spec.id is None else _template("id", spec.id, columns),
         group=_template("group", spec.group, columns),
         choices=_choice_templates(spec.choices, columns),
     )
-    found = [write.example(row, number) for number, row in enumerate(table)]
+    found = [write.example(row, number) for number, row in enumerate(table.rows)]
     examples = [example for example in found if example is not None]
     if len(examples) < len(found):
         logger.warning(
@@ -303,13 +304,14 @@ class _Writer:
     prompt: Template
     completion: Template
     answer: Template | None
-    id: Template
+    split: Split
+    id: Template | None
     group: Template
     choices: str | list[Template]
 
     def example(self, row: Mapping[str, Any], number: int) -> Example | None:
         try:
-            return self._example(row, self.id.render({"row": number, **row}))
+            return self._example(row, f"{self.split}-{number}" if self.id is None else self.id.render(row))
         except UserError as error:
             raise UserError(f"In row {number + 1}: {error}") from error
 
