@@ -17,6 +17,7 @@ from statistics import NormalDist
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from peft.utils import merge_utils
 from torch import Tensor
 
@@ -26,10 +27,11 @@ from ..functional import Block
 Pruning = Literal["magnitude", "random", "none"]
 SignMethod = Literal["total", "frequency"]
 
-# Entries of all inputs' updates that are in memory at once while they are combined row by row.
-_CHUNK_ENTRIES = 1 << 23
-# Below this size an exact selection is cheap; above it, a sample brackets the threshold first.
-_SAMPLE = 1 << 18
+# Entries of all inputs' updates that are combined at once, row by row: few enough to stay in a processor's cache.
+_CHUNK_ENTRIES = 1 << 19
+# Up to this many entries the pruning threshold is exact; above it, it comes from a sample of that size.
+_EXACT = 1 << 22
+_SAMPLE = 1 << 20
 
 
 # --- routed and exact ------------------------------------------------------------------------------------------
@@ -188,37 +190,29 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def magnitude_threshold(update: Update, density: float) -> float:
-    """The magnitude of the int(density m n)-th largest entry of W_t, exactly; infinity where none is kept.
+    """The magnitude of the int(density m n)-th largest entry of W_t; infinity where none is kept.
 
-    On large matrices a sample of entries brackets it first, so that only the entries in the bracket are sorted.
+    Exact for matrices of up to 2^22 entries. For larger ones it is the quantile of 2^20 entries drawn with the update's
+    own seed, so that the share kept is the density to within sqrt(density (1 - density)) / 2^10, a standard error of
+    0.0004 at a density of 0.2: an exact selection would cost more than the rest of the merge.
     """
     m, n = update.shape
     keep = int(density * m * n)
     if keep == 0:
         return math.inf
-    if m * n <= 4 * _SAMPLE:
+    if m * n <= _EXACT:
         return float(update.rows(0, m).abs().flatten().kthvalue(m * n - keep + 1).values)
     generator = torch.Generator().manual_seed(update.seed)
     picks = torch.randint(m * n, (_SAMPLE,), generator=generator)
-    sample = torch.cat([_entries(update, part) for part in picks.split(1 << 16)]).abs().sort().values
-    # Ten standard deviations of the sampled quantile's position.
-    margin = math.ceil(10 * math.sqrt(density * (1 - density) * _SAMPLE)) + 10
-    middle = round((1 - density) * _SAMPLE)
-    low = float(sample[middle - margin]) if middle - margin >= 0 else 0.0
-    high = float(sample[middle + margin]) if middle + margin < _SAMPLE else math.inf
-    above, inside = 0, []
-    for start, stop in _chunks(m, n):
-        magnitudes = update.rows(start, stop).abs_()
-        over = magnitudes > low
-        candidates = magnitudes[over]
-        within = candidates <= high
-        above += candidates.numel() - int(within.sum())
-        inside.append(candidates[within])
-    bracket = torch.cat(inside)
-    wanted = keep - above
-    if not 1 <= wanted <= bracket.numel():  # many equal entries: the sample says nothing about their rank
-        return float(update.rows(0, m).abs().flatten().kthvalue(m * n - keep + 1).values)
-    return float(bracket.kthvalue(bracket.numel() - wanted + 1).values)
+    sample = torch.cat([_entries(update, part) for part in picks.split(1 << 16)]).abs_()
+    return float(sample.kthvalue(min(_SAMPLE, max(1, round((1 - density) * _SAMPLE) + 1))).values)
+
+
+def _just_below(value: float) -> float:
+    """The float32 before a positive one; infinity stays."""
+    if not 0 < value < math.inf:
+        return value
+    return float(torch.nextafter(torch.tensor(value), torch.tensor(0.0)))
 
 
 def _entries(update: Update, flat: Tensor) -> Tensor:
@@ -267,23 +261,22 @@ def sparsified_sum(
         magnitude_threshold(update, density) if pruned and pruning == "magnitude" else 0.0 for update in updates
     ]
     out = torch.empty(m, n)
+    scale = torch.tensor(weights).view(-1, 1, 1)
     for start, stop in _chunks(m, n * len(updates)):
-        parts = []
-        for update, threshold in zip(updates, thresholds, strict=True):
+        stacked = torch.empty(len(updates), stop - start, n)
+        for part, update, threshold in zip(stacked, updates, thresholds, strict=True):
             rows = update.rows(start, stop)
             if pruned and pruning == "magnitude":
-                rows = torch.where(rows.abs() >= threshold, rows, 0.0)
+                # hardshrink zeroes what is at most its argument: the entry at the threshold stays.
+                rows = F.hardshrink(rows, _just_below(threshold))
             elif pruned:
                 with seeded(update_seed(update.seed, "rows", str(start))):
                     rows = merge_utils.random_pruning(rows, density, rescale=True)
-            parts.append(rows)
-        stacked = torch.stack(parts)
-        scale = torch.tensor(weights, dtype=stacked.dtype).view(-1, 1, 1)
-        if elect_sign:
-            mask = merge_utils.calculate_majority_sign_mask(stacked, method=sign_method)
-            out[start:stop] = merge_utils.disjoint_merge(stacked * scale, mask)
-        else:
-            out[start:stop] = (stacked * scale).sum(dim=0)
+            part.copy_(rows)
+        mask = merge_utils.calculate_majority_sign_mask(stacked, method=sign_method) if elect_sign else None
+        if any(weight != 1.0 for weight in weights):
+            stacked *= scale
+        out[start:stop] = stacked.sum(dim=0) if mask is None else merge_utils.disjoint_merge(stacked, mask)
     return out
 
 
@@ -373,9 +366,10 @@ def cut_matrix(matrix: Tensor, rank: int, seed: int, start: Tensor | None = None
         generator = torch.Generator().manual_seed(seed)
         test = torch.randn(n, rank + 16, generator=generator, dtype=matrix.dtype)
         if start is not None:
-            test = torch.cat([test, start.to(matrix.dtype)], dim=1)
-        basis = torch.linalg.qr(matrix @ test).Q[:, : min(m, n)]
-        for _ in range(2):
+            # Known directions do what many random ones and more iterations would.
+            test = torch.cat([test[:, :16], start.to(matrix.dtype)], dim=1)
+        basis = torch.linalg.qr(matrix @ test).Q
+        for _ in range(2 if start is None else 1):
             basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.t() @ basis).Q).Q
         u, s, vt = torch.linalg.svd(basis.t() @ matrix, full_matrices=False)
         u = basis @ u
