@@ -33,22 +33,24 @@ class Variant:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def variants(task: str, data_dir: str | None, other: str | None, folder: Path, rank: int) -> Iterator[Variant]:
-    """The rows."""
-    most = {"calibrate": [task], "texts": 128}
+def variants(
+    task: str, data_dir: str | None, other: str | None, counts: list[int], folder: Path, rank: int
+) -> Iterator[Variant]:
+    """The rows; what does not vary the number of texts uses the largest."""
+    most = {"calibrate": [task], "texts": counts[-1]}
     # One evaluated item gives the gap its text, which an export without calibration text would not have.
     yield Variant("dense, scale without data", {"method": "dense", "evaluate": [task], "eval_limit": 1})
     yield Variant("dense, least-squares scale", {"method": "dense", **most})
-    for texts in (8, 32, 128):
+    for texts in counts:
         yield Variant("calibrated", {"calibrate": [task], "texts": texts})
-    for texts in (32, 128):
+    for texts in counts[1:]:
         yield Variant("regression", {"method": "regression", "calibrate": [task], "texts": texts})
     prompts = folder / "prompts.jsonl"
-    examples = load_task(task, data_dir).examples("train", 160)
+    examples = load_task(task, data_dir).examples("train", counts[-1] + counts[-1] // 4)
     prompts.write_text("".join(json.dumps(example.prompt) + "\n" for example in examples), encoding="utf-8")
-    yield Variant("calibrated, prompts without answers", {"calibrate": [str(prompts)], "texts": 128})
+    yield Variant("calibrated, prompts without answers", {"calibrate": [str(prompts)], "texts": counts[-1]})
     if other is not None:
-        yield Variant(f"calibrated on other text ({Path(other).stem})", {"calibrate": [other], "texts": 128})
+        yield Variant(f"calibrated on other text ({Path(other).stem})", {"calibrate": [other], "texts": counts[-1]})
     yield Variant(f"calibrated, cut to rank {rank}", {"rank": rank, **most})
 
 
@@ -62,12 +64,10 @@ def measure(loaded: LoadedModel, adapter: Path, task: str, options: argparse.Nam
     rows = []
     with tempfile.TemporaryDirectory() as place:
         rank = max(1, max(map(read_adapter(adapter).rank, read_adapter(adapter).modules)) // 2)
-        for variant in variants(task, options.data_dir, options.other, Path(place), rank):
+        for variant in variants(task, options.data_dir, options.other, options.texts, Path(place), rank):
             started, out = time.process_time(), Path(place) / "export"
-            config = ExportConfig(
-                **{"adapter": str(adapter), "to": "lora", "out": str(out), "gap_texts": 24, **variant.settings},
-                data_dir=options.data_dir,
-            )
+            common = {"adapter": str(adapter), "to": "lora", "out": str(out), "data_dir": options.data_dir}
+            config = ExportConfig(**{**common, "gap_texts": options.gap_texts, **variant.settings})
             record = export(config, loaded)
             seconds = time.process_time() - started
             found = losses(out)
@@ -133,6 +133,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model")
     parser.add_argument("--items", type=int, default=60)
+    parser.add_argument("--texts", type=int, nargs="+", default=[8, 32, 128])
+    parser.add_argument("--gap-texts", type=int, default=24)
     parser.add_argument("--other")
     parser.add_argument("--data-dir")
     parser.add_argument("--dtype", default="float32")
