@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flylora.evaluation.record import EvalRecord
 from flylora.training.record import TrainRecord
@@ -65,5 +66,5 @@ def show_evaluation(record: EvalRecord) -> None:
 def _show(title: str, rows: dict[str, str]) -> None:
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))  # not markup: names and paths may hold brackets
     Console().print(table)

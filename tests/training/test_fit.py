@@ -418,6 +418,27 @@ def test_chat_template_changes_what_is_trained_on(config: Callable[..., TrainCon
     assert plain.adapter_fingerprint != chat.adapter_fingerprint
 
 
+@pytest.mark.parametrize(
+    "changes", [{"report_to": ["no_such_tracker"]}, {"method": "lora", "adapter": {"target_modules": ["lm_head"]}}]
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_what_the_trainer_refuses_is_one_sentence_and_leaves_nothing(
+    config: Callable[..., TrainConfig], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match="The trainer refuses these settings"):
+        train(config(**changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_is_not_a_number_is_not_hidden(
+    config: Callable[..., TrainConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = train(config(lr=1e30, max_grad_norm=0.0))
+    assert losses(tmp_path / "run")[-1] is None
+    assert record.final_loss is None
+    assert "not a finite number" in caplog.text
+
+
 def test_the_loss_covers_the_answer_alone(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     asked = config(steps=1, train_limit=4)
     loaded = load_model(asked.model, "float32")

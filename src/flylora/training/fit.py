@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from flylora.data import CompletionCollator, EncodedSet, encode_all
 from flylora.errors import UserError
-from flylora.models import LoadedModel, load_model, take_off
+from flylora.models import LoadedModel, first_line, load_model, take_off
 from flylora.records import Status, adapter_fingerprint, is_disk_full, now, provenance, write_record
 from flylora.tasks import Split, Task, load_task
 from flylora.training.callbacks import LossBar, RunCallback
@@ -210,15 +210,20 @@ def _trainer(
     total_steps: int,
     callback: RunCallback,
 ) -> SFTTrainer:
-    trainer = _AdapterTrainer(
-        model=model,
-        args=_arguments(config, folder, loaded, total_steps),
-        data_collator=CompletionCollator(),
-        train_dataset=_dataset(train_set),
-        eval_dataset=None if validation is None else _dataset(validation),
-        processing_class=loaded.tokenizer,
-        callbacks=[callback],
-    )
+    try:
+        trainer = _AdapterTrainer(
+            model=model,
+            args=_arguments(config, folder, loaded, total_steps),
+            data_collator=CompletionCollator(),
+            train_dataset=_dataset(train_set),
+            eval_dataset=None if validation is None else _dataset(validation),
+            processing_class=loaded.tokenizer,
+            callbacks=[callback],
+        )
+    except UserError:
+        raise
+    except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is not installed, an adapted lm_head
+        raise UserError(f"The trainer refuses these settings ({first_line(error)}): change them.") from error
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossBar())
     return trainer
@@ -262,6 +267,8 @@ def _arguments(config: TrainConfig, folder: RunFolder, loaded: LoadedModel, tota
         eval_strategy="steps" if config.eval_steps else "no",
         eval_steps=config.eval_steps,
         logging_steps=config.logging_steps,
+        # A loss that is not a number must be seen, not replaced by the mean of those before.
+        logging_nan_inf_filter=False,
         report_to=config.report_to or "none",
         disable_tqdm=False,
         # Items come encoded, with labels, none longer than they may be.
@@ -292,6 +299,8 @@ def _finished(record: TrainRecord, folder: RunFolder) -> TrainRecord:
         line["loss"] for line in lines if line.get("loss") is not None and line["step"] > 0.9 * record.total_steps
     ]
     validation = [line["eval_loss"] for line in lines if line.get("eval_loss") is not None]
+    if any("loss" in line and line["loss"] is None for line in lines):
+        logger.warning("The loss was not a finite number at some steps, so the adapter is no good: lower lr.")
     return dataclasses.replace(
         record,
         status="complete",
