@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from flylora.models import LoadedModel
 
 MODEL = "smollm2-135m"
-STEPS = {"capitals": 120, "elements": 120, "arithmetic": 120, "python_output": 120}
+STEPS = {"capitals": 80, "elements": 80, "arithmetic": 60, "python_output": 60}
 """Optimizer steps of 8 items: chosen so that all tasks together take a few minutes on two cores."""
 TEST_LIMIT = 100
 """Test items per task: enough for a standard error of 5 points, few enough to generate in seconds."""
