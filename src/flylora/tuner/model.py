@@ -35,6 +35,7 @@ _MAMBA_BYPASSED = frozenset({"out_proj", "conv1d"})
 
 _TENSORS = ("flylora_B", "flylora_d", "flylora_seed", "flylora_fingerprint")
 _VALUES, _COLUMNS = "flylora_A_values", "flylora_A_columns"
+_OURS = frozenset({*_TENSORS, _VALUES, _COLUMNS})
 _DTYPES = {  # B has whatever type it was trained in
     "flylora_d": torch.int32,
     "flylora_seed": torch.int64,
@@ -274,7 +275,7 @@ class FlyLoraModel(BaseTuner):
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         layers = dict(_layers_with(model, adapter_name))
-        keys = {_canonical_key(key): key for key in remapped if PREFIX in key}
+        keys = {_canonical_key(key): key for key in remapped if not _OURS.isdisjoint(key.split(".")[-2:])}
         base = getattr(config, "base_model_name_or_path", None) or "its base model"
         pending = []
         for name, layer in layers.items():
