@@ -122,16 +122,26 @@ def adapter_fingerprint(folder: Path) -> str:
         UserError: There is no adapter_model.safetensors, or it is corrupt.
     """
     path = folder / "adapter_model.safetensors"
+    digest = hashlib.sha256()
     try:
-        tensors = sorted(safetensors.deserialize(path.read_bytes()), key=lambda item: item[0])
+        with safetensors.safe_open(path, "pt"):  # the library's own check that header and data belong together
+            pass
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+            header.pop("__metadata__", None)
+            for name, tensor in sorted(header.items()):
+                digest.update(f"{name} {tensor['dtype']} {list(tensor['shape'])}\n".encode())
+                start, end = tensor["data_offsets"]
+                stream.seek(8 + size + start)
+                # Adapters of large models do not fit in memory twice, so one block is read at a time.
+                while block := stream.read(min(1 << 20, end - start)):
+                    digest.update(block)
+                    start += len(block)
     except FileNotFoundError:
         raise UserError(f"There is no {path}: give the folder of a finished adapter.") from None
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}): copy or train it again.") from error
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor['dtype']} {list(tensor['shape'])}\n".encode())
-        digest.update(tensor["data"])
     return digest.hexdigest()
 
 

@@ -242,6 +242,11 @@ class SavedAdapter:
         """sha256 (hex) over the tensors, as every record of flylora has it."""
         return adapter_fingerprint(self.path)
 
+    @cached_property
+    def _file(self) -> Any:
+        # Kept open: the header of a large adapter takes longer to parse than a module takes to merge.
+        return safe_open(str(self.path / WEIGHTS_FILE), framework="pt")
+
     def out_features(self, module: str) -> int:
         """m of a module."""
         return self.shapes[module]["flylora_B" if self.kind == "flylora" else "lora_B.weight"][0]
@@ -318,8 +323,7 @@ class SavedAdapter:
 
     def _read(self, module: str, names: Iterable[str]) -> dict[str, Tensor]:
         try:
-            with safe_open(str(self.path / WEIGHTS_FILE), framework="pt") as file:
-                return {name: file.get_tensor(f"{KEY_PREFIX}{module}.{name}") for name in names}
+            return {name: self._file.get_tensor(f"{KEY_PREFIX}{module}.{name}") for name in names}
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.path / WEIGHTS_FILE} cannot be read ({error}): get the adapter again.") from error
 

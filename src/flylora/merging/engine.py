@@ -188,13 +188,27 @@ class _Worker:
             ups[t] = local.place(t, up if ratio == 1.0 else up * ratio)
         return ups
 
+    def weighted(self, local: ModuleLayout, out_scaling: float) -> Tensor:
+        """sum_t w_t B_t' (m, R), each input's columns added where they stand."""
+        adapters = self.layout.adapters
+        ups = {t: adapters[t].factors(local.name) for t in local.factors}
+        wide = any(factors.up.dtype == torch.float64 for factors in ups.values())
+        out = torch.zeros(local.out_features, local.rank, dtype=torch.float64 if wide else torch.float32)
+        for place in local.places:
+            factors = ups[place.adapter]
+            target = out[:, place.target : place.target + place.stop - place.start]
+            # The factor first: it is 1 for one adapter at weight 1, which then stays as it is bit for bit.
+            factor = self.weights[place.adapter] * (factors.scaling / out_scaling)
+            target.add_(factors.up[:, place.start : place.stop].to(out.dtype), alpha=factor)
+        return out
+
     def combined(self, local: ModuleLayout, out_scaling: float) -> Tensor:
         """B (m, R) of the methods that work on codes."""
+        if not self.row.calibrated or len(self.layout.adapters) == 1:
+            return self.weighted(local, out_scaling)
         ups = self.placed(local, out_scaling)
         held = list(ups)
         average = weighted_sum([ups[t] for t in held], [self.weights[t] for t in held])
-        if not self.row.calibrated or len(self.layout.adapters) == 1:
-            return average
         assert self.statistics is not None
         # An input that leaves the module alone wants no update there.
         tasks = range(len(self.layout.adapters))

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,7 +90,9 @@ def merge_adapters(config: MergeConfig, loaded: LoadedModel | None = None) -> Me
         config.share,
         config.seed,
     )
-    with _scratch_beside(out) as scratch:
+    with _scratch_beside(out) as scratch, ThreadPoolExecutor(max_workers=2) as pool:
+        # Hashing takes longer than an average does, and leaves Python's lock to others.
+        hashing = [pool.submit(lambda adapter: adapter.fingerprint, adapter) for adapter in adapters]
         statistics, sources = _statistics(job, spec, scratch)
         tried: list[dict[str, Any]] = []
         if config.search:
@@ -97,6 +100,8 @@ def merge_adapters(config: MergeConfig, loaded: LoadedModel | None = None) -> Me
         merged = scratch / "merged"
         report = merge_to(merged, adapters, spec, statistics, base_model=config.base_model)
         rows = _evaluation(job, merged)
+        for future in hashing:
+            future.result()
         record = MergeRecord(
             status="complete",
             provenance=dataclasses.replace(
