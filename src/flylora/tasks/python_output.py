@@ -60,11 +60,6 @@ def _numbers(rng: random.Random, size: int, top: int = 9) -> list[int]:
     return [rng.randint(1, top) for _ in range(size)]
 
 
-def _form_arithmetic(rng: random.Random) -> str:
-    a, b, c = _numbers(rng, 3)
-    return f"NAME = {a}\nprint(NAME * {b} + {c})"
-
-
 def _form_update(rng: random.Random) -> str:
     a, b = _numbers(rng, 2, 20)
     return f"NAME = {a}\nNAME += {b}\nprint(NAME)"
@@ -82,8 +77,13 @@ def _form_loop(rng: random.Random) -> str:
     return f"NAME = {start}\nfor _ in range({times}):\n    NAME += {step}\nprint(NAME)"
 
 
-def _form_repeat(rng: random.Random) -> str:
-    return f"NAME = '{rng.choice(_WORDS)}'\nprint((NAME + '{rng.choice('-_.')}') * {rng.randint(2, 4)})"
+def _form_format(rng: random.Random) -> str:
+    return f"NAME = {rng.randint(2, 99)}\nprint(f'{rng.choice(_WORDS)} {{NAME}}{rng.choice(['', '!', ' times'])}')"
+
+
+def _form_lookup(rng: random.Random) -> str:
+    values = dict(zip(rng.sample(_WORDS, 3), _numbers(rng, 3), strict=True))
+    return f"NAME = {values}\nprint(NAME['{rng.choice(list(values))}'])"
 
 
 def _form_join(rng: random.Random) -> str:
@@ -112,11 +112,11 @@ def _form_range(rng: random.Random) -> str:
 
 
 FORMS: dict[str, Callable[[random.Random], str]] = {
-    "arithmetic": _form_arithmetic,
     "update": _form_update,
     "condition": _form_condition,
     "loop": _form_loop,
-    "repeat": _form_repeat,
+    "format": _form_format,
+    "lookup": _form_lookup,
     "join": _form_join,
     "append": _form_append,
     "index": _form_index,
