@@ -233,11 +233,10 @@ def _answer_by_generation(setting: _Setting, scored: list[_Scored]) -> None:
             stop=task.stop,
             advance=advance,
         )
-    readings = {name: dataclasses.replace(task, extractor=name, pattern=None) for name in task.also_extractors}
-    readings[task.extractor] = task
+    readings = (task.extractor, *task.also_extractors)
     for item, text in zip(owners, texts, strict=True):
         item.details = {"output": text, "extracted": task.extract(text)}
-        item.scores = {name: reading.score(text, item.example) for name, reading in readings.items()}
+        item.scores = {name: task.score(text, item.example, name) for name in readings}
         item.score = item.scores[task.extractor]
 
 
