@@ -474,9 +474,11 @@ def test_an_encoder_counts_by_its_mask_and_an_encoder_decoder_counts_all() -> No
 # --- over several processes ----------------------------------------------------------------------------------
 
 _DATA_PARALLEL = """
-import json, os, sys
+import contextlib, json, os, sys
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, {tests!r})
 from test_balance import adapted_mlp, backward, inputs, loads, steps, trainable
@@ -486,14 +488,26 @@ folder = {folder!r}
 
 def work(rank):
     dist.init_process_group("gloo", init_method="file://" + folder + "/store", rank=rank, world_size=2)
+    results = {{kind: run(kind, rank) for kind in ("ddp", "zero", "fsdp2")}}
+    with open(folder + "/" + str(rank), "w") as file:
+        json.dump(results, file)
+    dist.destroy_process_group()
+
+def run(kind, rank):
     model = adapted_mlp()
-    parallel = DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(trainable(model), lr=0.01)
+    if kind == "fsdp2":
+        parallel = fully_shard(model)
+    else:
+        parallel = DistributedDataParallel(model)
+    if kind == "zero":
+        optimizer = ZeroRedundancyOptimizer(trainable(model), torch.optim.SGD, lr=0.01)
+    else:
+        optimizer = torch.optim.SGD(trainable(model), lr=0.01)
     history = []
     for round in range(3):
-        batches = inputs(24, seed=round).split([16, 8])[rank].split(4)  # ranks see different amounts
+        batches = inputs(24, seed=round).split([16, 8])[rank].split([8, 4][rank])  # ranks see different amounts
         for batch in batches[:-1]:
-            with parallel.no_sync():
+            with parallel.no_sync() if kind != "fsdp2" else contextlib.nullcontext():
                 backward(parallel, batch)
         backward(parallel, batches[-1])
         own = loads(model)
@@ -503,10 +517,8 @@ def work(rank):
         parallel.eval()
         parallel(inputs())
         parallel.train()
-    up = [p.detach().tolist() for p in trainable(model)]
-    with open(folder + "/" + str(rank), "w") as file:
-        json.dump([history, up], file)
-    dist.destroy_process_group()
+    up = [getattr(p.detach(), "full_tensor", p.detach)().tolist() for p in trainable(model)]
+    return history, up
 
 children = []
 for rank in range(2):
@@ -523,18 +535,26 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in chi
 """
 
 
-def test_data_parallel_ranks_agree_with_one_process(tmp_path: Path) -> None:
-    script = _DATA_PARALLEL.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+@pytest.fixture(scope="module")
+def parallel_runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes saw: per kind of parallelism, (own loads, d) of every step, and B at the end."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = _DATA_PARALLEL.format(tests=str(Path(__file__).parent), folder=str(folder))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    (first, first_up), (second, second_up) = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(2))
+    return [json.loads((folder / str(rank)).read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero", "fsdp2"])
+def test_data_parallel_ranks_agree_with_one_process(kind: str, parallel_runs: list[dict[str, Any]]) -> None:
+    (first, first_up), (second, second_up) = (run[kind] for run in parallel_runs)
     model = adapted_mlp()
     optimizer = torch.optim.SGD(trainable(model), lr=0.01)
     for index, ((own, d), (others, other_d)) in enumerate(zip(first, second, strict=True)):
         for batch in inputs(24, seed=index).split([16, 8]):
             backward(model, batch)
         for parameter in trainable(model):
-            parameter.grad /= 2  # DDP averages over the ranks
+            parameter.grad /= 2  # gradients are averaged over the ranks, loads are summed
         summed = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(own, others, strict=True)]
         assert own != others
         assert loads(model) == summed
@@ -544,3 +564,29 @@ def test_data_parallel_ranks_agree_with_one_process(tmp_path: Path) -> None:
     for mine, parameter in zip(first_up, trainable(model), strict=True):
         torch.testing.assert_close(torch.tensor(mine), parameter.detach())
     assert first_up == second_up
+
+
+def test_an_optimizer_inside_another_leaves_the_step_to_it() -> None:
+    class Outer(torch.optim.SGD):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__(trainable(model), lr=0.0)
+            self.inner = torch.optim.SGD(trainable(model)[:1], lr=0.01)
+            self.seen: list[list[int]] = []
+            self.model = [model]
+
+        def step(self, closure: Any = None) -> None:
+            self.inner.step()
+            self.seen = steps(self.model[0])
+
+    model = adapted_mlp()
+    expected, before = adapted_mlp(), steps(model)
+    train_step(expected, inputs())
+    optimizer = Outer(model)
+    backward(model, inputs())
+    optimizer.step()
+    assert optimizer.seen == before
+    assert steps(model) == steps(expected)
+    backward(model, inputs())
+    optimizer.inner.step()  # stepped by itself it counts
+    assert steps(model)[0] != steps(expected)[0]
+    assert steps(model)[1] == steps(expected)[1]

@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from .functional import balance_steps
 
@@ -23,18 +27,28 @@ if TYPE_CHECKING:
     from .tuner.layer import FlyLoraLinear
 
 _layers: weakref.WeakSet[FlyLoraLinear] = weakref.WeakSet()
-_hook_handle: Any = None
+_nested: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_hook_handles: list[Any] = []
 
 
 def track(layer: FlyLoraLinear) -> None:
     """Let optimizer steps balance this layer; called by the layer itself, also when it is copied or unpickled."""
-    global _hook_handle
     _layers.add(layer)
-    if _hook_handle is None:
-        _hook_handle = register_optimizer_step_post_hook(_after_optimizer_step)
+    if not _hook_handles:
+        _hook_handles.append(register_optimizer_step_pre_hook(_before_optimizer_step))
+        _hook_handles.append(register_optimizer_step_post_hook(_after_optimizer_step))
+
+
+def _before_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    # An optimizer may step another. ZeroRedundancyOptimizer's holds only this rank's share of the parameters, and
+    # summing over ranks that step different layers would mix their loads: the outer optimizer's step is the one.
+    _nested.update(inner for inner in vars(optimizer).values() if isinstance(inner, Optimizer))
 
 
 def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if optimizer in _nested:
+        return
+    _nested.difference_update(inner for inner in vars(optimizer).values() if isinstance(inner, Optimizer))
     overflow = getattr(optimizer, "found_inf", None)
     if overflow is not None and bool(overflow):
         return  # fused optimizers skip the step themselves when gradient scaling overflowed

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from flylora import FlyLoraConfig, UserError, functional
-from tiny_models import assert_same, bert, config, gpt2, layers, llama, mlp, randomize, snapshot, t5, tokens
+from tiny_models import assert_same, bert, config, gpt2, layers, llama, mlp, randomize, seeded, snapshot, t5, tokens
 
 TARGETS = ["q_proj", "v_proj"]
 WEIGHTS = "adapter_model.safetensors"
@@ -246,6 +246,30 @@ def test_modules_to_save_are_in_the_file(tmp_path: Path) -> None:
     assert "base_model.model.classifier.weight" in load_file(tmp_path / WEIGHTS)
     for low in (False, True):
         assert torch.equal(logits(PeftModel.from_pretrained(bert(), tmp_path, low_cpu_mem_usage=low)), logits(model))
+
+
+def test_a_base_module_may_be_named_like_ours(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = seeded(lambda: nn.Linear(6, 6))
+            self.flylora_head = seeded(lambda: nn.Linear(6, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.flylora_head(self.first(x))
+
+    x = torch.randn(4, 6)
+    for kept in (None, ["flylora_head"]):
+        model = randomize(get_peft_model(Named(), config(target_modules=["first"], modules_to_save=kept)))
+        head = model.base_model.model.flylora_head
+        if kept:
+            head.modules_to_save["default"].weight.data.mul_(2)
+        else:
+            assert not head.weight.requires_grad
+        folder = tmp_path / str(kept)
+        model.save_pretrained(folder)
+        assert sum("flylora_head" in name for name in load_file(folder / WEIGHTS)) == (2 if kept else 0)
+        assert torch.equal(PeftModel.from_pretrained(Named(), folder)(x), model(x))
 
 
 @pytest.mark.parametrize("low", [False, True])
