@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -403,6 +403,16 @@ def test_a_routed_neighbour_does_not_forbid_merging_a_linear_adapter() -> None:
     torch.testing.assert_close(model(x), expected)
     assert model.base_model.supports_lora_conversion("linear")
     assert not model.base_model.supports_lora_conversion("default")
+
+
+def test_a_linear_adapter_converts_to_lora_and_a_routed_one_does_not() -> None:
+    model, ids = randomize(get_peft_model(llama(), config(**LINEAR, target_modules=["q_proj"]))).eval(), tokens()
+    lora_config, state = convert_to_lora(model, rank=8)
+    lora = get_peft_model(llama(), lora_config).eval()
+    set_peft_model_state_dict(lora, state)
+    torch.testing.assert_close(logits(lora, ids), logits(model, ids), rtol=1e-3, atol=1e-3)
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(get_peft_model(llama(), config(target_modules=["q_proj"])), rank=8)
 
 
 def test_unload_gives_the_base_back() -> None:

@@ -171,6 +171,10 @@ class FlyLoraConfig(PeftConfig):
     def _check_numbers(self) -> None:
         for name in ("r", "k"):
             _check_positive_int(name, getattr(self, name))
+        for name in ("alpha", "density", "dropout", "balance_rate"):
+            value, optional = getattr(self, name), name in ("alpha", "density")
+            if isinstance(value, bool) or not isinstance(value, (int, float) + (type(None),) * optional):
+                raise UserError(f"{name} is {value!r}, but must be a number{' or None' * optional}.")
         if self.k > self.r:
             raise UserError(f"k is {self.k} but r is {self.r}: k counts active ranks, so choose k <= r.")
         assert self.rank_pattern is not None
@@ -212,12 +216,12 @@ class FlyLoraConfig(PeftConfig):
         self.k = sum(int(block["k"]) for block in self.blocks)
 
     def _check_targets(self) -> None:
-        by_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
         for name in ("layers_to_transform", "layers_pattern"):
-            if by_regex and getattr(self, name) is not None:
+            # PEFT reads both for lists of names only, and would silently adapt every layer.
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise UserError(
-                    f"{name} cannot be combined with target_modules as a regular expression: put the layers into the "
-                    "expression, or name the modules in a list."
+                    f"{name} cannot be combined with target_modules = {self.target_modules!r}: name the modules in a "
+                    "list, or put the layers into a regular expression."
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise UserError("layers_pattern is given without layers_to_transform: say which layers to adapt.")

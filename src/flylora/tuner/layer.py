@@ -13,7 +13,6 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from .. import balance, functional
@@ -356,7 +355,7 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         if type(base) not in (nn.Linear, Conv1D) or args or kwargs or self.quantization_backend is not None:
             return False
         watched = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        if watched or "forward" in base.__dict__ or is_parametrized(base):
+        if watched or "forward" in base.__dict__:
             return False
         if torch.is_autocast_enabled(x.device.type):
             return False
