@@ -11,6 +11,7 @@ import dataclasses
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -149,8 +150,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 for success, 2 for bad input (one sentence on stderr), 130 after an interruption.
     """
     try:
-        command, config = parse(sys.argv[1:] if argv is None else argv)
-        command.run(config)
+        with warnings.catch_warnings():
+            # Libraries announce to one another what they will rename; whoever runs a command can do nothing about it.
+            warnings.simplefilter("ignore", FutureWarning)
+            command, config = parse(sys.argv[1:] if argv is None else argv)
+            command.run(config)
     except (UserError, argparse.ArgumentError) as error:
         print(f"flylora: {_one_sentence(error)}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -370,7 +371,10 @@ def main() -> int:
     """Runs the demonstration on every built-in task."""
     assert set(STEPS) == set(task_names())
     try:
-        Demo(Path("runs/demo")).run()
+        with warnings.catch_warnings():
+            # Libraries announce to one another what they will rename; whoever watches can do nothing about it.
+            warnings.simplefilter("ignore", FutureWarning)
+            Demo(Path("runs/demo")).run()
     except UserError as error:
         print(f"flylora demo: {error}", file=sys.stderr)
         return 2
