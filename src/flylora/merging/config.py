@@ -46,7 +46,7 @@ class MergeConfig:
         calibrate: For least_squares: for each adapter, in order, a task (name or YAML file) or a .safetensors file
             that flylora calibrate wrote.
         texts: Calibration texts of each task, where a task is given.
-        tokens: Which tokens of a calibration text count: all, answer or prompt.
+        tokens: Which tokens of a calibration text count: answer (those that predict it), prompt or all.
         rounds: For least_squares with tasks: passes over the texts; each after the first runs the adapter merged so
             far, so that its own activations are what counts.
         share: Whether adapters that share a projection become one block, with the mean of their routing biases.
@@ -74,7 +74,7 @@ class MergeConfig:
     ridge: float | None = None
     calibrate: list[str] = field(default_factory=list)
     texts: int = DEFAULT_TEXTS
-    tokens: Tokens = "all"
+    tokens: Tokens = "answer"
     rounds: int = 1
     share: bool = True
     evaluate: list[str] = field(default_factory=list)
@@ -131,7 +131,7 @@ class CalibrateConfig:
         run: Adapter folder that is active while the texts are read, e.g. the one trained on the task, or an earlier
             merge; the plain average of the adapters if left out, and none for ``none``.
         texts: How many texts of the task's training split, drawn at random.
-        tokens: Which tokens of a text count: all, answer or prompt.
+        tokens: Which tokens of a text count: answer (those that predict it), prompt or all.
         model: Base model; the adapters' own if left out.
         share: As for the merge.
         base_model: The name of the inputs' base model, where their configs give it different names.
@@ -147,7 +147,7 @@ class CalibrateConfig:
     out: str
     run: str | None = None
     texts: int = DEFAULT_TEXTS
-    tokens: Tokens = "all"
+    tokens: Tokens = "answer"
     model: str | None = None
     share: bool = True
     base_model: str | None = None
