@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from flylora.models import LoadedModel
 
 MODEL = "smollm2-135m"
-STEPS = {"capitals": 80, "elements": 80, "arithmetic": 60, "python_output": 60}
+STEPS = {"capitals": 40, "elements": 60, "arithmetic": 30, "python_output": 30}
 """Optimizer steps of 8 items: chosen so that all tasks together take a few minutes on two cores."""
 TEST_LIMIT = 100
 """Test items per task: enough for a standard error of 5 points, few enough to generate in seconds."""
-EVAL_BATCH = 32
+EVAL_BATCH = 100
 MERGES = ("average", "least_squares")
 """How the adapters are merged at the end; least squares reads CALIBRATION_TEXTS training items of each task."""
 CALIBRATION_TEXTS = 64

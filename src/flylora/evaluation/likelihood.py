@@ -48,10 +48,10 @@ def token_log_likelihoods(
         keep = targets.shape[1] - first + 1
         logits = model(**batch, use_cache=False, **({"logits_to_keep": keep} if may_skip else {})).logits
         targets = targets[:, first:]
-        losses = cross_entropy(
-            logits[:, -keep:-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-        )
-        for i, loss, target in zip(chosen, losses.cpu(), targets.cpu(), strict=True):
-            found[i] = (-loss[target != IGNORED].double()).tolist()
+        scored = targets != IGNORED
+        # Only what is scored is made float32 and normalised: over a large vocabulary the rest would fill the memory.
+        losses = cross_entropy(logits[:, -keep:-1][scored].float(), targets[scored], reduction="none")
+        for i, loss in zip(chosen, losses.cpu().split(scored.sum(1).tolist()), strict=True):
+            found[i] = (-loss.double()).tolist()
         advance(len(chosen))
     return found

@@ -165,8 +165,7 @@ class ModuleFactors:
         if tuple(functional.fingerprint(part, n) for part in parts) != self.fingerprints:
             raise UserError(
                 f"The projection of {self.name} that the stored seed gives for {n} inputs is not the one the adapter "
-                "was "
-                "trained with: the file or its config was altered, or it belongs to another base model; get the "
+                "was trained with: the file or its config was altered, or it belongs to another base model; get the "
                 "original."
             )
         return parts
@@ -199,8 +198,7 @@ def _check_columns(name: str, stored: SparseProjection, in_features: int) -> Non
     if int(stored.columns.min()) < 0 or int(stored.columns.max()) >= in_features:
         raise UserError(
             f"The stored projection of {name} names columns outside its {in_features} inputs: the adapter file is "
-            "damaged "
-            "or belongs to another base model."
+            "damaged or belongs to another base model."
         )
 
 
@@ -367,8 +365,7 @@ def read_adapter(path: str | Path) -> SavedAdapter:
     if config.modules_to_save:
         raise UserError(
             f"{path} also holds fully trained modules ({', '.join(sorted(config.modules_to_save))}), which are no "
-            "low-rank "
-            "update: train the adapters without modules_to_save to merge or export them."
+            "low-rank update: train the adapters without modules_to_save to merge or export them."
         )
     adapter = SavedAdapter(path, kind, config, _read_header(path, kind))
     for module in adapter.modules:
@@ -408,14 +405,12 @@ def _refuse_lora_variants(path: Path, config: LoraConfig) -> None:
         if getattr(config, name, None):
             raise UserError(
                 f"{path} is a LoRA with {name} set, whose update is not the product of two factors: only plain LoRA "
-                "(with or "
-                "without rsLoRA scaling) can be merged."
+                "(with or without rsLoRA scaling) can be merged."
             )
     if config.bias != "none":
         raise UserError(
             f"{path} is a LoRA that also trained biases (bias='{config.bias}'), which factors cannot hold: train it "
-            "with "
-            "bias='none' to merge it."
+            "with bias='none' to merge it."
         )
     init = config.init_lora_weights
     if isinstance(init, str) and init.startswith(_BASE_CHANGING_INITS):

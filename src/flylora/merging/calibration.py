@@ -158,8 +158,7 @@ def _watched_modules(model: nn.Module, layout: Layout) -> dict[str, nn.Module]:
     if missing:
         raise UserError(
             f"The base model has no module {missing[0]} ({len(missing)} of {len(layout.modules)} are missing): give "
-            "the base "
-            "model that the adapters were trained on."
+            "the base model that the adapters were trained on."
         )
     return {name: named[name] for name in layout.modules}
 

@@ -420,8 +420,7 @@ def _worker(
     if routed and spec.rank is not None:
         raise UserError(
             f"rank cannot limit what {row.name} makes of FlyLoRA adapters, which keeps every input's routing: leave "
-            "it out, or "
-            "choose a method that makes a plain LoRA (e.g. ties)."
+            "it out, or choose a method that makes a plain LoRA (e.g. ties)."
         )
     report = MergeReport(weights=weights, routed=routed, shared=layout.is_shared)
     kind = _RoutedWorker if routed else _LoraWorker

@@ -109,8 +109,7 @@ class Layout:
                 return found
         raise UserError(
             f"The number of inputs of {module} cannot be told from the adapter files (their projections fit none of "
-            "the "
-            "widths in them): they were altered, or belong to a model that has to be named with the base model option."
+            "the widths in them): they were altered, or belong to a model that has to be named with base_model."
         )
 
     def known_in_features(self) -> dict[str, int]:
@@ -345,20 +344,17 @@ def check_compatible(adapters: Sequence[SavedAdapter], base_model: str | None = 
         if other.kind != first.kind:
             raise UserError(
                 f"{first.path} is a {_KIND_NAMES[first.kind]} and {other.path} a {_KIND_NAMES[other.kind]} adapter: "
-                "one routes "
-                "and one does not, so merge each kind on its own, or export the FlyLoRA adapter to LoRA first."
+                "one routes and one does not, so merge each kind on its own, or export the FlyLoRA adapter first."
             )
         if base_model is None and first.base_model != other.base_model and first.base_model and other.base_model:
             raise UserError(
                 f"{first.path} was trained on {first.base_model} and {other.path} on {other.base_model}: adapters of "
-                "different "
-                "base models cannot be merged; if these are two names of one model, give its name as base_model."
+                "different base models cannot be merged; if both name one model, give its name as base_model."
             )
         if _orientation(first) != _orientation(other):
             raise UserError(
                 f"{first.path} and {other.path} differ in fan_in_fan_out, so they belong to layers of different "
-                "kinds: only "
-                "adapters of one base model can be merged."
+                "kinds: only adapters of one base model can be merged."
             )
         for module in first.modules:
             if module in other.shapes:
@@ -374,8 +370,7 @@ def _check_shapes(first: SavedAdapter, other: SavedAdapter, module: str) -> None
     if a != b:
         raise UserError(
             f"{module} has {_sizes(a)} in {first.path} and {_sizes(b)} in {other.path}: the adapters belong to "
-            "different "
-            "base models and cannot be merged."
+            "different base models and cannot be merged."
         )
 
 

@@ -244,8 +244,7 @@ def _search(
             if found is None:
                 raise UserError(
                     f"The adapter for {task} is no better than the base model on its validation split, so there is "
-                    "nothing to "
-                    "keep: check the order of adapters and tasks."
+                    "nothing to keep: check the order of adapters and tasks."
                 )
             kept.append(found[0])
         shutil.rmtree(folder)

@@ -86,8 +86,7 @@ def least_squares(
     if int(failed) or not torch.isfinite(factor).all():
         raise UserError(
             "The calibration codes do not span all ranks of a module, so least squares has no single solution "
-            "without a "
-            "ridge: set ridge above 0 (e.g. 1e-2), or calibrate on more text."
+            "without a ridge: set ridge above 0 (e.g. 1e-2), or calibrate on more text."
         )
     solved = torch.cholesky_solve((target + penalty * prior.double()).t(), factor).t()
     return solved.to(prior.dtype)

@@ -135,10 +135,8 @@ METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
 
 FACTOR_AVERAGE = (
     "Averaging the factors A and B separately is not a merge of the updates: mean(B) mean(A) = (1/T^2) sum over i, j "
-    "of "
-    "B_i A_j, so that T - 1 of every T terms are cross terms of one task's B with another task's projection; use "
-    "average, "
-    "which is the true mean of the outputs (adapters that share a projection merge exactly in B there)."
+    "of B_i A_j, so that T - 1 of every T terms are cross terms of one task's B with another task's projection; use "
+    "average, which is the true mean of the outputs (adapters that share a projection merge exactly in B there)."
 )
 
 
