@@ -274,6 +274,21 @@ def test_autocast_and_other_input_types_are_not_fused(path: list[str]) -> None:
     assert layer.flylora_B["default"].grad.dtype == torch.float32
 
 
+def test_a_plain_layer_with_a_quantized_weight_is_called(path: list[str]) -> None:
+    """Some backends keep nn.Linear and swap its weight for a tensor subclass, which only the layer can multiply."""
+
+    class Backend:
+        def maybe_clone_base_result(self, out: Tensor) -> Tensor:
+            return out.clone()
+
+    model, layer = adapted(linear())
+    x = torch.randn(3, 12)
+    expected = model(x)
+    layer.quantization_backend = Backend()
+    torch.testing.assert_close(model(x), expected)
+    assert path == FUSED + SEPARATE
+
+
 # --- types ---------------------------------------------------------------------------------------------------
 
 
