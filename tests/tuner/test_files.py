@@ -221,6 +221,15 @@ def test_several_adapters_are_saved_apart_and_load_beside_one_another(tmp_path: 
     assert torch.equal(logits(loaded), second)
 
 
+def test_saving_and_loading_leave_the_random_state_alone(tmp_path: Path) -> None:
+    model, base = trained(selection="random"), llama()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    model.save_pretrained(tmp_path)
+    logits(PeftModel.from_pretrained(base, tmp_path))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     def step(model: nn.Module, seed: int) -> None:
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -353,6 +362,16 @@ def test_compiled_models_save_and_load_under_plain_names(tmp_path: Path) -> None
     for mine, theirs in zip(layers(loaded), layers(plain), strict=True):
         assert torch.equal(mine.flylora_B["default"], theirs.flylora_B["default"])
         assert torch.equal(mine.flylora_A["default"], theirs.flylora_A["default"])
+
+
+@pytest.mark.parametrize(("old", "new"), [("model.0", "model._orig_mod.0"), ("base_model.model.", "")])
+def test_wrappers_named_in_a_file_do_not_keep_its_tensors_from_the_model(old: str, new: str) -> None:
+    model = randomize(get_peft_model(mlp(), config(target_modules=["0"], save_projection=True)))
+    state = {name.replace(old, new): tensor for name, tensor in get_peft_model_state_dict(model).items()}
+    other = get_peft_model(mlp(), config(target_modules=["0"], projection_seed=4))
+    assert not set_peft_model_state_dict(other, state).unexpected_keys
+    x = torch.randn(5, 12)
+    assert torch.equal(other(x), model(x))
 
 
 # --- edited projections --------------------------------------------------------------------------------------

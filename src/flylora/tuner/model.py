@@ -273,18 +273,23 @@ class FlyLoraModel(BaseTuner):
         Raises:
             flylora.UserError: for missing or surplus tensors, other shapes, or an A that is not the fingerprint's.
         """
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        remapped = dict(super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict))
         layers = dict(_layers_with(model, adapter_name))
         keys = {_canonical_key(key): key for key in remapped if not _OURS.isdisjoint(key.split(".")[-2:])}
         base = getattr(config, "base_model_name_or_path", None) or "its base model"
-        pending = []
+        pending, loaded = [], {}
         for name, layer in layers.items():
             short = _canonical_key(name)
             found: dict[str, Tensor] = {}
             for tensor in (*_TENSORS, _VALUES, _COLUMNS):
                 for candidate in (f"{short}.{tensor}.{adapter_name}", f"{short}.{tensor}"):
                     if candidate in keys:
-                        found[tensor] = remapped[keys.pop(candidate)]
+                        key = keys.pop(candidate)
+                        found[tensor] = remapped.pop(key)
+                        if tensor in _TENSORS:
+                            # A key that names a wrapper, or lacks PEFT's prefix, is not the model's: it would be skipped.
+                            known = key.endswith(f".{adapter_name}")
+                            loaded[key if known else f"{name}.{tensor}.{adapter_name}"] = found[tensor]
             _check_tensors(short, layer, adapter_name, found, base)
             pending.append((layer, found))
         if keys:
@@ -300,7 +305,7 @@ class FlyLoraModel(BaseTuner):
             accept.append(layer.projection_from_file(adapter_name, seeds, digests, stored))
         for take in accept:  # every layer was checked: a file is taken as a whole or not at all
             take()
-        return {key: value for key, value in remapped.items() if not _is_stored_projection(key)}
+        return {**remapped, **loaded}
 
 
 class _AdapterNames:
@@ -345,10 +350,6 @@ def _layers_with(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Fly
 def _canonical_key(key: str) -> str:
     kept = ".".join(part for part in key.split(".") if part not in WRAPPER_NAMES)
     return kept.removeprefix("base_model.model.")
-
-
-def _is_stored_projection(key: str) -> bool:
-    return f".{_VALUES}" in key or f".{_COLUMNS}" in key
 
 
 def _check_tensors(name: str, layer: FlyLoraLinear, adapter_name: str, found: dict[str, Tensor], base: str) -> None:
