@@ -287,7 +287,7 @@ class FlyLoraModel(BaseTuner):
                         key = keys.pop(candidate)
                         found[tensor] = remapped.pop(key)
                         if tensor in _TENSORS:
-                            # A key that names a wrapper, or lacks PEFT's prefix, is not the model's: it would be skipped.
+                            # A key that names a wrapper, or lacks PEFT's prefix, is not the model's own.
                             known = key.endswith(f".{adapter_name}")
                             loaded[key if known else f"{name}.{tensor}.{adapter_name}"] = found[tensor]
             _check_tensors(short, layer, adapter_name, found, base)
