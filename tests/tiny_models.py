@@ -109,7 +109,7 @@ def tokens(batch: int = 3, length: int = 7, seed: int = 0) -> Tensor:
 
 def config(**changes: Any) -> FlyLoraConfig:
     """A small routed adapter: r 8, k 2, strong enough to be seen."""
-    return FlyLoraConfig(**{"r": 8, "k": 2, "alpha": 16, "balance_rate": 0.02, **changes})
+    return FlyLoraConfig(**{"r": 8, "k": 2, "alpha": 16, "balance": "loss_free", "balance_rate": 0.02, **changes})
 
 
 def layers(model: nn.Module) -> list[FlyLoraLinear]:
