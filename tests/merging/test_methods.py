@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from peft.utils import merge_utils
 from torch import Tensor
 
 from flylora import UserError
@@ -166,6 +167,27 @@ def test_the_threshold_of_a_large_update_keeps_its_share(monkeypatch: pytest.Mon
     sampled = methods.magnitude_threshold(part, density)
     share = float((magnitudes >= sampled).double().mean())
     assert share == pytest.approx(density, abs=5 * math.sqrt(density * (1 - density)) / 256 + 1e-4)
+
+
+def test_large_rows_and_columns_do_not_shift_the_sampled_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns = (2 * draw(2, 320, 1)).exp(), (2 * draw(3, 1, 200)).exp()
+    part = Update(draw(0, 320, 4) * rows, draw(1, 4, 200) * columns, seed=3)
+    magnitudes = part.rows(0, 320).abs().flatten()
+    monkeypatch.setattr(methods, "_EXACT", 1000)
+    monkeypatch.setattr(methods, "_SAMPLE", 1 << 14)
+    share = float((magnitudes >= methods.magnitude_threshold(part, 0.2)).double().mean())
+    # 0.4 / 2^7 is one standard error of 2^14 independent entries; 16 whole rows and columns would give about 0.1.
+    assert share == pytest.approx(0.2, abs=3 * 0.4 / 128)
+
+
+@pytest.mark.parametrize("sign_method", ["total", "frequency"])
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [1.0, 0.5, -2.0]])
+def test_ties_is_what_peft_makes_of_the_same_updates(sign_method: methods.SignMethod, weights: list[float]) -> None:
+    parts = updates()
+    found = methods.sparsified_sum(parts, weights, 0.4, "magnitude", True, sign_method)
+    whole = [part.rows(0, part.shape[0]) for part in parts]
+    expected = merge_utils.ties(whole, torch.tensor(weights), 0.4, sign_method)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_the_threshold_of_equal_entries_and_of_none() -> None:
