@@ -15,46 +15,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.optimizer import (
-    Optimizer,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import Optimizer
 
 from .functional import balance_steps
+from .stepping import after_optimizer_steps, positions
 
 if TYPE_CHECKING:
     from .tuner.layer import FlyLoraLinear
 
 _layers: weakref.WeakSet[FlyLoraLinear] = weakref.WeakSet()
-_nested: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-_hook_handles: list[Any] = []
 
 
 def track(layer: FlyLoraLinear) -> None:
     """Let optimizer steps balance this layer; called by the layer itself, also when it is copied or unpickled."""
     _layers.add(layer)
-    if not _hook_handles:
-        _hook_handles.append(register_optimizer_step_pre_hook(_before_optimizer_step))
-        _hook_handles.append(register_optimizer_step_post_hook(_after_optimizer_step))
+    after_optimizer_steps(_balance_held)
 
 
-def _before_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    # An optimizer may step another. ZeroRedundancyOptimizer's holds only this rank's share of the parameters, and
-    # summing over ranks that step different layers would mix their loads: the outer optimizer's step is the one.
-    _nested.update(inner for inner in vars(optimizer).values() if isinstance(inner, Optimizer))
-
-
-def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if optimizer in _nested:
-        return
-    _nested.difference_update(inner for inner in vars(optimizer).values() if isinstance(inner, Optimizer))
-    overflow = getattr(optimizer, "found_inf", None)
-    if overflow is not None and bool(overflow):
-        return  # fused optimizers skip the step themselves when gradient scaling overflowed
-    # Every rank of a data-parallel run must see the same order: the optimizer's, as the set of live layers has none.
-    parameters = (id(parameter) for group in optimizer.param_groups for parameter in group["params"])
-    position = {parameter: i for i, parameter in enumerate(parameters)}
+def _balance_held(optimizer: Optimizer) -> None:
+    position = positions(optimizer)
     held = [
         (position[id(up)], layer, adapter)
         for layer in _layers

@@ -154,7 +154,7 @@ class FlyLoraConfig(PeftConfig):
             self._check_blocks()
         else:
             self._check_numbers()
-        self._check_targets()
+        check_targets(self)
 
     def _check_choices(self) -> None:
         for name, kind in (
@@ -170,7 +170,7 @@ class FlyLoraConfig(PeftConfig):
 
     def _check_numbers(self) -> None:
         for name in ("r", "k"):
-            _check_positive_int(name, getattr(self, name))
+            check_positive_int(name, getattr(self, name))
         for name in ("alpha", "density", "dropout", "balance_rate"):
             value, optional = getattr(self, name), name in ("alpha", "density")
             if isinstance(value, bool) or not isinstance(value, (int, float) + (type(None),) * optional):
@@ -179,7 +179,7 @@ class FlyLoraConfig(PeftConfig):
             raise UserError(f"k is {self.k} but r is {self.r}: k counts active ranks, so choose k <= r.")
         assert self.rank_pattern is not None
         for pattern, r in self.rank_pattern.items():
-            _check_positive_int(f"rank_pattern[{pattern!r}]", r)
+            check_positive_int(f"rank_pattern[{pattern!r}]", r)
             if self.k > r:
                 raise UserError(
                     f"rank_pattern sets r to {r} for {pattern!r}, below k = {self.k}: give it at least k, or lower k."
@@ -214,17 +214,6 @@ class FlyLoraConfig(PeftConfig):
             raise UserError("blocks is empty: give at least one block, or None for a single-task adapter.")
         self.r = sum(int(block["r"]) for block in self.blocks)
         self.k = sum(int(block["k"]) for block in self.blocks)
-
-    def _check_targets(self) -> None:
-        for name in ("layers_to_transform", "layers_pattern"):
-            # PEFT reads both for lists of names only, and would silently adapt every layer.
-            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
-                raise UserError(
-                    f"{name} cannot be combined with target_modules = {self.target_modules!r}: name the modules in a "
-                    "list, or put the layers into a regular expression."
-                )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise UserError("layers_pattern is given without layers_to_transform: say which layers to adapt.")
 
     def block_configs(self) -> list[BlockConfig]:
         """The adapter's blocks; one, made of the config's own fields, unless it comes from a merge."""
@@ -277,6 +266,23 @@ class FlyLoraConfig(PeftConfig):
         return self.alpha / sum(block.r for block in self.blocks_at(module_name))
 
 
-def _check_positive_int(name: str, value: Any) -> None:
+def check_targets(config: Any) -> None:
+    """What PEFT would silently ignore among a config's target fields is refused.
+
+    Raises:
+        flylora.UserError: for layers given beside a pattern or "all-linear", or a pattern of layers without layers.
+    """
+    for name in ("layers_to_transform", "layers_pattern"):
+        # PEFT reads both for lists of names only, and would silently adapt every layer.
+        if isinstance(config.target_modules, str) and getattr(config, name) is not None:
+            raise UserError(
+                f"{name} cannot be combined with target_modules = {config.target_modules!r}: name the modules in a "
+                "list, or put the layers into a regular expression."
+            )
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise UserError("layers_pattern is given without layers_to_transform: say which layers to adapt.")
+
+
+def check_positive_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{name} is {value!r}, but must be a whole number of at least 1.")

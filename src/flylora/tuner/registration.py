@@ -1,4 +1,4 @@
-"""Makes FLYLORA a PEFT type: the only file that touches PEFT's registries.
+"""Makes FLYLORA, and the baselines' names, PEFT types: the only file that touches PEFT's registries.
 
 PEFT (0.21) has no plug-in mechanism: `register_peft_method` accepts only members of the enum `PeftType`, and saving and
 loading dispatch through the dictionaries it fills. So a real member is added first, then PEFT's own function is called.
@@ -11,12 +11,12 @@ from typing import Any
 from peft.utils.peft_types import PeftType, register_peft_method
 
 NAME = "flylora"
-PREFIX = "flylora_"  # transformers rebuilds the prefix from the type's value: nothing else would be found
+PREFIX = "flylora_"
 
 
-def _peft_type() -> Any:
-    """The enum member PeftType.FLYLORA, made on the first call and reused ever after."""
-    member_name = NAME.upper()
+def peft_type(name: str) -> Any:
+    """The member of PeftType for a method's name in lower case, made on the first call and reused ever after."""
+    member_name = name.upper()
     if member_name in PeftType.__members__:
         return PeftType[member_name]
     member = str.__new__(PeftType, member_name)
@@ -32,23 +32,25 @@ def _peft_type() -> Any:
     return member
 
 
-FLYLORA = _peft_type()
+FLYLORA = peft_type(NAME)
 
 
-def register(config_class: type, model_class: type) -> None:
-    """Register the two classes under "flylora" with PEFT; a second call with the same classes does nothing.
+def register(config_class: type, model_class: type, name: str = NAME) -> None:
+    """Register the two classes with PEFT under a name; a second call with the same classes does nothing.
 
     Raises:
         RuntimeError: when another library owns the name.
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-    owner = PEFT_TYPE_TO_CONFIG_MAPPING.get(FLYLORA)
-    if owner is config_class and PEFT_TYPE_TO_TUNER_MAPPING.get(FLYLORA) is model_class:
+    kind = peft_type(name)
+    owner = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    if owner is config_class and PEFT_TYPE_TO_TUNER_MAPPING.get(kind) is model_class:
         return
     if owner is not None:
         raise RuntimeError(
-            f"The PEFT type FLYLORA belongs to {owner.__module__}.{owner.__qualname__}: only one library can register "
-            "it, so do not import both in one process."
+            f"The PEFT type {kind.value} belongs to {owner.__module__}.{owner.__qualname__}: only one library can "
+            "register it, so do not import both in one process."
         )
-    register_peft_method(name=NAME, config_cls=config_class, model_cls=model_class, prefix=PREFIX)
+    # transformers rebuilds the prefix from the type's value: no other would be found.
+    register_peft_method(name=name, config_cls=config_class, model_cls=model_class, prefix=f"{name}_")
