@@ -18,9 +18,10 @@ from flylora.tasks.scoring import EXTRACTORS, METRICS, last_match
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
-Kind = Literal["choice", "generate", "loss"]
-"""How a task is evaluated: by the log-likelihood of each choice, by greedy generation and an extractor, or by
-the loss on the completion alone (no accuracy exists; extractor and metric are not used)."""
+Kind = Literal["choice", "generate", "loss", "code"]
+"""How a task is evaluated: by the log-likelihood of each choice, by greedy generation and an extractor, by the loss
+on the completion alone (no accuracy exists; extractor and metric are not used), or by running generated programs
+against tests (examples are of class ``CodeExample``; the metric is not used)."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 REGEX = "regex"
@@ -50,6 +51,21 @@ class Example:
     group: str = ""
 
 
+@dataclass(frozen=True)
+class CodeExample(Example):
+    """One item of a task of kind ``code``: a function to write, and tests to run it against.
+
+    Attributes:
+        given: The program text that an answer goes on from; it runs by itself, and may define helpers.
+        entry_point: Name of the function to write.
+        test: Program text that defines ``check(candidate)``, which raises unless the function is right.
+    """
+
+    given: str = ""
+    entry_point: str = ""
+    test: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """A named, versioned source of examples, and how their answers are marked.
@@ -69,6 +85,7 @@ class Task:
         licence: The licence of the data.
         chat_template: Whether the prompt goes through the tokenizer's chat template.
         truncate_prompt: Whether a prompt that is too long loses its beginning; else the item is dropped.
+        prompt: Name and version of the prompt (see ``prompts.PROMPTS``); empty for a prompt of the task's own.
         pattern: For the extractor ``regex``: the regular expression whose last match (its first group, if it
             has one) is the answer.
     """
@@ -87,6 +104,7 @@ class Task:
     licence: str = ""
     chat_template: bool = False
     truncate_prompt: bool = False
+    prompt: str = ""
     pattern: str | None = None
 
     def examples(self, split: Split, limit: int | None = None) -> list[Example]:

@@ -14,6 +14,7 @@ _STRICT_NUMBER = re.compile(rf"####\s*({_NUMBER})")
 _NAMED_LETTER = re.compile(r"\banswer\b(?:\s+is)?\s*:?\s*[(*\[]*([A-Z])\b(?!['’])", re.IGNORECASE)
 _LEADING_LETTER = re.compile(r"\s*[(*\[]*([A-Z])(?:[).:\]*]|\s*$|\s*\n)")
 _BRACKETED_LETTER = re.compile(r"\(([A-Z])\)")
+_LONE_DIGIT = re.compile(r"(?<![\w.,−-])\d(?![\w%]|[.,]\d)")
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:\n?```|\Z)", re.DOTALL)
 
 
@@ -53,6 +54,19 @@ def choice_letter(output: str) -> str | None:
         if found and found.group(1).isupper():
             return found.group(1)
     return None
+
+
+def option_number(output: str) -> str | None:
+    """The first digit that stands alone, as a multiple-choice answer counted from 0; no part of a larger number."""
+    found = _LONE_DIGIT.search(output)
+    return found.group() if found else None
+
+
+def program(output: str) -> str | None:
+    """Program text: the first fenced block if there is one, else everything, with its indentation."""
+    fenced = _FENCED.search(output)
+    written = (fenced.group(1) if fenced else output).rstrip()
+    return written or None
 
 
 def python_output(output: str) -> str | None:
@@ -111,6 +125,8 @@ EXTRACTORS: dict[str, Callable[[str], str | None]] = {
     "last_number": last_number,
     "strict_number": strict_number,
     "choice_letter": choice_letter,
+    "option_number": option_number,
+    "program": program,
     "python_output": python_output,
 }
 """Generated text -> the answer in it, or ``None`` where there is none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,7 +68,7 @@ def read_table(source: DataSource, named: str | list[str], folder: Path) -> Tabl
     names = [named] if isinstance(named, str) else named
     if source.hub is not None:
         where = f"the hub's data set {source.hub}"
-        found = [row for name in names for row in _load(where, source.hub, source.subset, name, source.revision)]
+        found = [row for name in names for row in hub_rows(source.hub, source.subset, name, source.revision)]
     else:
         where = ", ".join(str(folder / name) for name in names)
         found = [row for name in names for row in _read_file(source, folder / name)]
@@ -77,6 +77,24 @@ def read_table(source: DataSource, named: str | list[str], folder: Path) -> Tabl
     flat = [dict(_flattened(row)) for row in found]
     columns = list(dict.fromkeys(name for row in flat for name in row))
     return Table(columns, [{name: row.get(name) for name in columns} for row in flat])
+
+
+def hub_rows(
+    name: str, subset: str | None, split: str, revision: str | None = None, presence_of: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The rows of one split of a data set on the hub.
+
+    Args:
+        name: Of the data set.
+        subset: Its configuration, if it has several.
+        split: Name of the split there.
+        revision: Branch, tag or commit.
+        presence_of: Columns of images, of which only whether there is one is told.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    return _load(f"the hub's data set {name}", name, subset, split, revision, presence_of)
 
 
 def _flattened(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -131,12 +149,22 @@ def _csv_options(column_names: list[str] | None, path: Path) -> dict[str, Any]:
 
 
 def _load(
-    where: str, name: str, subset: str | None, split: str, revision: str | None = None, **options: Any
+    where: str,
+    name: str,
+    subset: str | None,
+    split: str,
+    revision: str | None = None,
+    presence_of: Sequence[str] = (),
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    from datasets import load_dataset
+    import datasets
 
     try:
-        return list(load_dataset(name, subset, split=split, revision=revision, **options))
+        data = datasets.load_dataset(name, subset, split=split, revision=revision, **options)
+        for column in presence_of:
+            # Decoding would need an image library, and thousands of images at once in memory.
+            data = data.cast_column(column, datasets.Image(decode=False))
+        return [{**row, **{column: row[column] is not None for column in presence_of}} for row in data]
     except Exception as error:  # the readers under it raise errors of a dozen unrelated classes
         cause = error.__cause__ or error.__context__ or error
         reason = next(iter(str(cause).splitlines()), "") or type(cause).__name__

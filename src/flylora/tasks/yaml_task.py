@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -16,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from flylora.errors import UserError
 from flylora.tasks.base import REGEX, SPLITS, Example, Kind, Split, Task
+from flylora.tasks.published import hold_out
 from flylora.tasks.scoring import EXTRACTORS, METRICS
 from flylora.tasks.tables import DataSource, Table, read_table
 from flylora.tasks.templates import Template
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 LOSS = "loss"
 AnswerIs = Literal["text", "index", "letter"]
+FileKind = Literal["choice", "generate", "loss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class TaskFile:
     completion: str | None = None
     choices: str | list[str] | None = None
     choices_pattern: str | None = None
-    kind: Kind | None = None
+    kind: FileKind | None = None
     answer: str | None = None
     answer_is: AnswerIs = "text"
     answer_extractor: str = "text"
@@ -196,7 +197,7 @@ def _check_kind(spec: TaskFile) -> None:
         raise UserError("The key answer is missing: say which of the choices is right.")
     if not spec.has_choices and spec.completion is None:
         raise UserError("The key completion is missing: give the template of what is to be learnt.")
-    fitting = {"choice": (None,), "loss": (None, LOSS), "generate": (None, *METRICS)}[kind]
+    fitting = {"choice": (None,), "loss": (None, LOSS)}.get(kind, (None, *METRICS))
     if spec.metric not in fitting:
         raise UserError(f"The metric {spec.metric} does not fit the kind {kind}: leave one of them out.")
 
@@ -229,25 +230,9 @@ def _read(spec: TaskFile, folder: Path) -> dict[Split, list[Example]]:
             raise UserError(f"The id '{example.id}' occurs twice: ids must be unique over all splits.")
         seen.add(example.id)
     if spec.data.validation_fraction or spec.data.test_fraction:
-        splits |= _hold_out(spec.data, splits["train"])
+        data = spec.data
+        splits |= hold_out(splits["train"], data.validation_fraction, data.test_fraction, data.seed)
     return splits
-
-
-def _hold_out(data: DataSource, examples: list[Example]) -> dict[Split, list[Example]]:
-    """Deals out whole prompts, so that two rows with the same prompt never end up on both sides."""
-    prompts = list(dict.fromkeys(example.prompt for example in examples))
-    random.Random(f"hold out/{data.seed}").shuffle(prompts)
-    shares: dict[Split, float] = {"test": data.test_fraction, "validation": data.validation_fraction}
-    owner: dict[str, Split] = {}
-    for split, share in shares.items():
-        count = max(1, round(share * len(prompts))) if share else 0
-        owner |= dict.fromkeys(prompts[len(owner) : len(owner) + count], split)
-    if len(owner) == len(prompts):
-        raise UserError(f"{len(prompts)} different prompts are too few to hold some out: give more rows.")
-    found: dict[Split, list[Example]] = {"train": [], **{split: [] for split, share in shares.items() if share}}
-    for example in examples:
-        found[owner.get(example.prompt, "train")].append(example)
-    return found
 
 
 def _split(splits: Mapping[Split, list[Example]], split: Split) -> list[Example]:
