@@ -1,8 +1,8 @@
 """flylora: FlyLoRA adapters for PEFT.
 
 Importing it makes ``FLYLORA`` a PEFT type: ``get_peft_model``, ``PeftModel.from_pretrained`` and the rest then know
-[`FlyLoraConfig`] like any other config. PEFT itself is imported only when it is needed: the registration runs at once
-where PEFT has been imported already, and otherwise right after its import.
+[`FlyLoraConfig`] like any other config, and those of `flylora.baselines` too. PEFT itself is imported only when it is
+needed: the registration runs at once where PEFT has been imported already, and otherwise right after its import.
 """
 
 from __future__ import annotations

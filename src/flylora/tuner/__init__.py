@@ -1,4 +1,4 @@
-"""FlyLoRA as a PEFT method; importing this package registers it."""
+"""FlyLoRA as a PEFT method; importing this package registers it, and the baselines with it."""
 
 from __future__ import annotations
 
@@ -10,3 +10,6 @@ from .registration import register
 __all__ = ["FlyLoraConfig", "FlyLoraLinear", "FlyLoraModel"]
 
 register(FlyLoraConfig, FlyLoraModel)
+
+# Whoever can load a FlyLoRA adapter can load a baseline's; they import parts of this package, so they come last.
+from .. import baselines  # noqa: E402, F401

@@ -1,0 +1,89 @@
+"""Split-LoRA: LoRA cut into experts behind a trainable router (FlyLoRA paper, Fig. 1 and App. C.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Optional
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..tuner.config import check_positive_int
+from .base import BaselineConfig, BaselineLinear, BaselineModel, new_down
+
+
+@dataclass
+class SplitLoraConfig(BaselineConfig):
+    r"""Configuration of Split-LoRA: ``out = W x + s * sum over experts e of G_e(x) B_e A_e x``.
+
+    ``G(x) = sigmoid(top-k(W_g x))`` with the router W_g (N, n); experts that are not among the k largest have weight 0.
+    Each of the N experts has rank r / N. Everything is trained.
+
+    Args:
+        r: total rank, of all experts together.
+        experts: N, from one to r: 4 with r 32 is the paper's 4 x 8, 32 its 32 x 1.
+        k: experts that act on a token. None: a quarter of them, at least one, so that r / 4 ranks act.
+    """
+
+    method: ClassVar[str] = "splitlora"
+
+    r: int = field(default=32, metadata={"help": "Total rank, of all experts together."})
+    experts: int = field(default=4, metadata={"help": "Number of experts; it divides r."})
+    k: Optional[int] = field(
+        default=None, metadata={"help": "Experts that act on a token. None: a quarter of them, at least one."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive_int("experts", self.experts)
+        if self.r % self.experts:
+            raise UserError(f"r is {self.r}, which {self.experts} experts cannot share evenly: choose a multiple.")
+        if self.k is not None:
+            check_positive_int("k", self.k)
+            if self.k > self.experts:
+                raise UserError(f"k is {self.k} but there are {self.experts} experts: choose k <= experts.")
+
+    @property
+    def active_experts(self) -> int:
+        """k, with its default filled in."""
+        return max(1, self.experts // 4) if self.k is None else self.k
+
+
+class SplitLoraLinear(BaselineLinear):
+    """Split-LoRA adapters; expert e owns the e-th r / N rows of A and columns of B."""
+
+    adapter_layer_names = ("splitlora_A", "splitlora_B", "splitlora_router")
+    mergeable = False
+
+    def new_tensors(self, config: SplitLoraConfig) -> dict[str, Tensor]:
+        return {
+            "splitlora_A": new_down(config.r, self.in_features),
+            "splitlora_B": torch.zeros(self.out_features, config.r),
+            "splitlora_router": new_down(config.experts, self.in_features),
+        }
+
+    def update(self, adapter: str, x: Tensor) -> Tensor:
+        config = self.configs[adapter]
+        codes = self.dropouts[adapter](x) @ self.splitlora_A[adapter].t()
+        weights = self.gate(adapter, x).repeat_interleave(config.r // config.experts, dim=-1)
+        return (codes * weights) @ (self.splitlora_B[adapter] * self.scaling[adapter]).t()
+
+    def gate(self, adapter: str, x: Tensor) -> Tensor:
+        """G(x), (..., N): sigmoid of the k largest router outputs and 0 elsewhere; x is (..., n)."""
+        logits = x @ self.splitlora_router[adapter].t()
+        kept, chosen = logits.topk(self.configs[adapter].active_experts, dim=-1)
+        return torch.zeros_like(logits).scatter(-1, chosen, kept.sigmoid())
+
+    def active_parameters(self, adapter: str) -> int:
+        """The chosen experts' columns and rows, and the whole router."""
+        config = self.configs[adapter]
+        ranks = config.active_experts * config.r // config.experts
+        return ranks * (self.in_features + self.out_features) + config.experts * self.in_features
+
+
+class SplitLoraModel(BaselineModel):
+    """Puts Split-LoRA adapters into a model; see [`SplitLoraConfig`]."""
+
+    prefix = "splitlora_"
+    tuner_layer_cls = SplitLoraLinear
