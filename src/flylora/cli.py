@@ -23,9 +23,11 @@ from flylora.errors import UserError
 from flylora.evaluation.config import EvalConfig
 from flylora.export.config import ExportConfig
 from flylora.merging.config import CalibrateConfig, MergeConfig
+from flylora.study.config import StudyOptions
 from flylora.training.config import TrainConfig
 from flylora.training.interrupt import TrainingInterrupted
 
+EXIT_CELLS_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -99,6 +101,18 @@ def _calibrate(config: CalibrateConfig) -> None:
     show_calibration(calibrate(config), config)
 
 
+def _study(options: StudyOptions) -> int:
+    from flylora.study import study
+    from flylora.study.show import show_plan, show_study
+
+    if options.plan:
+        show_plan(options)
+        return 0
+    result = study(options)
+    show_study(result)
+    return EXIT_CELLS_FAILED if result.failed else 0
+
+
 def _preview(config: PreviewConfig) -> None:
     from rich import print as show
 
@@ -124,10 +138,11 @@ class _Command:
     """One subcommand: its config class, the function that takes such a config, and a line of help."""
 
     config: type[Any]
-    run: Callable[[Any], None]
+    run: Callable[[Any], int | None]  # gives the exit code, 0 for none
     help: str
     positional: str | None = None  # its only field, if it is given without a name
     many: bool = False  # whether the positional field takes several values
+    positional_help: str = "folder of a saved adapter"
 
 
 COMMANDS = {
@@ -138,6 +153,13 @@ COMMANDS = {
     "calibrate": _Command(
         CalibrateConfig, _calibrate, "gather what a least squares merge needs of a task", "adapters", many=True
     ),
+    "study": _Command(
+        StudyOptions,
+        _study,
+        "run a grid of models, methods, tasks and seeds, with merges, or plan it",
+        "study",
+        positional_help="the study's YAML file",
+    ),
     "preview": _Command(PreviewConfig, _preview, "print examples of a task with the trained tokens coloured"),
     "inspect": _Command(InspectConfig, _inspect, "show what a saved adapter is", positional="adapter"),
 }
@@ -147,14 +169,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0 for success, 2 for bad input (one sentence on stderr), 130 after an interruption.
+        0 for success, 1 if cells of a study failed, 2 for bad input (one sentence on stderr), 130 after an
+        interruption.
     """
     try:
         with warnings.catch_warnings():
             # Libraries announce to one another what they will rename; whoever runs a command can do nothing about it.
             warnings.simplefilter("ignore", FutureWarning)
             command, config = parse(sys.argv[1:] if argv is None else argv)
-            command.run(config)
+            return command.run(config) or 0
     except (UserError, argparse.ArgumentError) as error:
         print(f"flylora: {_one_sentence(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -164,7 +187,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("flylora: Interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return 0
 
 
 def parse(argv: Sequence[str]) -> tuple[_Command, Any]:
@@ -186,7 +208,7 @@ def parse(argv: Sequence[str]) -> tuple[_Command, Any]:
         subparser.add_argument("--config", action="config", help="YAML file with any of these options")
         if command.positional is not None:
             several: dict[str, Any] = {"nargs": "+"} if command.many else {}
-            subparser.add_argument(command.positional, type=str, help="folder of a saved adapter", **several)
+            subparser.add_argument(command.positional, type=str, help=command.positional_help, **several)
         subparser.add_class_arguments(command.config, skip={command.positional} if command.positional else None)
         subcommands.add_subcommand(name, subparser, help=command.help)
     chosen = parser.parse_args(_as_jsonargparse_spells(list(argv)))
@@ -213,7 +235,7 @@ def _as_jsonargparse_spells(argv: list[str]) -> list[str]:
                 values = []
                 while rest and _is_value(rest[0]):
                     values.append(rest.pop(0))
-                word += f"=[{', '.join(values)}]" if "float" in kind else f"={json.dumps(values)}"
+                word += f"=[{', '.join(values)}]" if "float" in kind or "int" in kind else f"={json.dumps(values)}"
         spelled.append(word)
     return spelled
 
