@@ -6,6 +6,7 @@ operation, broadcast or kernel is shared with the code under test. Gradients are
     out_t  = W0 x_t + bias + scaling * sum_{i in I_t} b_i y_ti          y_ti = <A_i, x_t>
     dB_i   = scaling * sum_{t: i in I_t} g_t y_ti                       (g = gradient of the output)
     dx_t   = W0^T g_t + scaling * sum_{i in I_t} <b_i, g_t> A_i         (I_t is piecewise constant)
+    dA_i   = scaling * sum_{t: i in I_t} <b_i, g_t> x_t                 (were A trained)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Vector = list[float]
 Matrix = list[Vector]
@@ -85,6 +86,7 @@ class Result:
     grad_bias: Vector  # m
     counts: list[list[int]]  # per block, how many tokens chose each rank
     chosen: list[list[set[int]]]  # per block and token
+    grad_A: list[Matrix] = field(default_factory=list)  # per block, r x n: gradient of A, were it trained
 
 
 def run(
@@ -106,6 +108,7 @@ def run(
     result = Result([], [], [], [[0.0] * n for _ in range(m)], [0.0] * m, [], [])
     for block in blocks:
         result.grad_B.append([[0.0] * block.r for _ in range(m)])
+        result.grad_A.append([[0.0] * n for _ in range(block.r)])
         result.counts.append([0] * block.r)
         result.chosen.append([])
     for t, (x, g) in enumerate(zip(tokens, grad_output, strict=True)):
@@ -137,9 +140,47 @@ def run(
                     back += block.B[o][i] * g[o]
                 for j in range(n):
                     grad_x[j] += block.scaling * back * block.A[i][j]
+                    result.grad_A[index][i][j] += block.scaling * back * x[j]
         result.output.append(out)
         result.grad_x.append(grad_x)
     return result
+
+
+def balance_loss(tokens: Matrix, block: Block) -> tuple[float, Matrix]:
+    """r sum_i f_i P_i and its gradient to the tokens: f_i is rank i's share of the choices, P_i its mean softmax score.
+
+    With s_i the scores and p the softmax of one of N tokens, dL/ds_i = r / N * p_i (f_i - sum_j f_j p_j).
+    """
+    scores = [route(x, block)[1] for x in tokens]
+    ranks = range(block.r)
+    choices = [top_ranks(row, block.k) for row in scores]
+    shares = [sum(i in chosen for chosen in choices) / (block.k * len(tokens)) for i in ranks]
+    loss, grads = 0.0, []
+    for x, row in zip(tokens, scores, strict=True):
+        exponentials = [math.exp(score) for score in row]
+        p = [value / sum(exponentials) for value in exponentials]
+        mean = dot(shares, p)
+        loss += block.r * mean / len(tokens)
+        grad = [0.0] * len(x)
+        for i in ranks:
+            y = dot(block.A[i], x)
+            d = block.balance_rate * block.bias_steps[i]
+            slope = {"magnitude": y, "biased_magnitude": y + d}.get(block.selection, 1.0)
+            back = block.r / len(tokens) * p[i] * (shares[i] - mean) * math.copysign(1.0, slope)
+            for j in range(len(x)):
+                grad[j] += back * block.A[i][j]
+        grads.append(grad)
+    return loss, grads
+
+
+def hadamard(size: int) -> Matrix:
+    """The orthonormal Walsh-Hadamard matrix by Sylvester's doubling; size is a power of two."""
+    if size == 1:
+        return [[1.0]]
+    half = hadamard(size // 2)
+    root = math.sqrt(2.0)
+    top = [[value / root for value in row + row] for row in half]
+    return top + [[value / root for value in row] + [-value / root for value in row] for row in half]
 
 
 def balance_step(bias_steps: Sequence[int], counts: Sequence[int]) -> list[int]:

@@ -10,10 +10,12 @@ from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from ..errors import UserError
-from ..functional import ProjectionInit, Selection, nonzeros_per_row
+from ..functional import Selection, nonzeros_per_row
 from .registration import FLYLORA
 
-Balance = Literal["loss_free", "none"]
+Balance = Literal["loss_free", "aux_loss", "none"]
+ProjectionInit = Literal["gaussian", "rademacher", "fjlt"]
+ProjectionTraining = Literal["frozen", "two_phase", "trained"]
 
 FORMAT_VERSION = 1
 
@@ -63,10 +65,16 @@ class FlyLoraConfig(PeftConfig):
         dropout: probability of dropping an entry of the adapter's input while training.
         density: share of non-zeros in each row of A. None: k / r.
         projection_seed: what A is generated from, with each module's name. Adapters with the same seed share A.
-        projection_init: distribution of A's non-zeros: ``gaussian`` N(0, 1/r^2) or ``rademacher`` +-1/r (Table 15).
+        projection_init: distribution of A's non-zeros: ``gaussian`` N(0, 1/r^2) or ``rademacher`` +-1/r; or ``fjlt``,
+            the dense product P H D of a sparse Gaussian, a Walsh-Hadamard and a random sign matrix (Table 15).
+        projection_training: ``frozen``; ``two_phase``: A trains for the first ``projection_steps`` optimizer steps and
+            is frozen then (Table 15); ``trained``: throughout (Table 3). An A that was trained is stored in the file.
+        projection_steps: for ``two_phase``, the optimizer steps in which A trains; the paper's are 5% of all.
         selection: how ranks are picked: ``magnitude`` abs(y) + d, ``signed`` y + d (Eq. 10 to the letter),
             ``biased_magnitude`` abs(y + d) (balances badly, for reproduction only), ``random`` or ``all`` (Table 14).
-        balance: ``loss_free`` moves the routing bias once per optimizer step (Eq. 9); ``none`` does not (Table 13).
+        balance: ``loss_free`` moves the routing bias once per optimizer step (Eq. 9); ``none`` does not; ``aux_loss``
+            adds the gradient of a Switch-style auxiliary loss instead (Table 13).
+        balance_coefficient: weight of the auxiliary loss of each layer, for ``aux_loss``.
         balance_rate: u, the step of the routing bias, in the units of the scores.
         save_projection: also store A (sparse) in the adapter file, for archives.
         target_modules: names, a regular expression or "all-linear", as in any PEFT config. None: PEFT's defaults for
@@ -95,13 +103,24 @@ class FlyLoraConfig(PeftConfig):
     )
     projection_seed: int = field(default=0, metadata={"help": "Seed from which every layer's A is generated."})
     projection_init: ProjectionInit = field(
-        default="gaussian", metadata={"help": "Distribution of A's non-zeros: gaussian or rademacher."}
+        default="gaussian", metadata={"help": "Distribution of A's non-zeros: gaussian or rademacher; or fjlt, dense."}
+    )
+    projection_training: ProjectionTraining = field(
+        default="frozen", metadata={"help": "Whether A trains: frozen, two_phase (at first only) or trained."}
+    )
+    projection_steps: Optional[int] = field(
+        default=None, metadata={"help": "Optimizer steps in which A trains, for two_phase."}
     )
     selection: Selection = field(
         default="magnitude",
         metadata={"help": "How ranks are picked: magnitude, signed, biased_magnitude, random or all."},
     )
-    balance: Balance = field(default="loss_free", metadata={"help": "Load balancing: loss_free (Eq. 9) or none."})
+    balance: Balance = field(
+        default="loss_free", metadata={"help": "Load balancing: loss_free (Eq. 9), aux_loss or none."}
+    )
+    balance_coefficient: float = field(
+        default=1e-2, metadata={"help": "Weight of the auxiliary loss of each layer, for aux_loss."}
+    )
     balance_rate: float = field(default=1e-3, metadata={"help": "u, the step of the routing bias."})
     save_projection: bool = field(default=False, metadata={"help": "Also store A in the adapter file."})
     target_modules: Optional[Union[list[str], str]] = field(
@@ -150,6 +169,7 @@ class FlyLoraConfig(PeftConfig):
                 f"{FORMAT_VERSION}: upgrade flylora to load it."
             )
         self._check_choices()
+        self._check_ablations()
         if self.blocks is not None:
             self._check_blocks()
         else:
@@ -159,19 +179,41 @@ class FlyLoraConfig(PeftConfig):
     def _check_choices(self) -> None:
         for name, kind in (
             ("projection_init", ProjectionInit),
+            ("projection_training", ProjectionTraining),
             ("selection", Selection),
             ("balance", Balance),
             ("bias", Literal["none"]),
         ):
             value, allowed = getattr(self, name), get_args(kind)
             if value not in allowed:
-                hint = " (aux_loss is not available yet)" if value == "aux_loss" else ""
-                raise UserError(f"{name} is {value!r}{hint}, but must be one of {', '.join(map(repr, allowed))}.")
+                raise UserError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, allowed))}.")
+
+    def _check_ablations(self) -> None:
+        if self.balance == "aux_loss" and self.selection in ("random", "all"):
+            raise UserError(
+                f"balance is 'aux_loss' but selection is '{self.selection}', which has no scores that a loss could "
+                "balance: choose another selection, or balance 'none'."
+            )
+        if self.projection_training == "two_phase":
+            if self.projection_steps is None:
+                raise UserError("projection_training is 'two_phase' without projection_steps: say how long A trains.")
+            check_positive_int("projection_steps", self.projection_steps)
+        elif self.projection_steps is not None:
+            raise UserError(
+                f"projection_steps is given but projection_training is '{self.projection_training}': only 'two_phase' "
+                "has steps."
+            )
+        if self.projection_training != "frozen":
+            if self.blocks is not None:
+                raise UserError(
+                    "A merged adapter's projections cannot be trained: leave projection_training at 'frozen'."
+                )
+            self.save_projection = True  # no seed gives back what was trained
 
     def _check_numbers(self) -> None:
         for name in ("r", "k"):
             check_positive_int(name, getattr(self, name))
-        for name in ("alpha", "density", "dropout", "balance_rate"):
+        for name in ("alpha", "density", "dropout", "balance_rate", "balance_coefficient"):
             value, optional = getattr(self, name), name in ("alpha", "density")
             if isinstance(value, bool) or not isinstance(value, (int, float) + (type(None),) * optional):
                 raise UserError(f"{name} is {value!r}, but must be a number{' or None' * optional}.")
@@ -193,8 +235,9 @@ class FlyLoraConfig(PeftConfig):
             raise UserError(f"alpha is {self.alpha}, but must be a finite number; None means 2 r.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}, but a probability in [0, 1) is needed.")
-        if not (math.isfinite(self.balance_rate) and self.balance_rate >= 0):
-            raise UserError(f"balance_rate is {self.balance_rate}, but must be a finite number >= 0.")
+        for name in ("balance_rate", "balance_coefficient"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}, but must be a finite number >= 0.")
         if isinstance(self.projection_seed, bool) or not isinstance(self.projection_seed, int):
             raise UserError(f"projection_seed is {self.projection_seed!r}, but must be an integer.")
 

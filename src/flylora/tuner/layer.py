@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from .. import balance, functional
 from ..errors import UserError
 from ..functional import Block, SparseProjection
+from . import ablations
+from .ablations import Ablation
 from .config import BlockConfig, FlyLoraConfig
 
 # Names that wrappers put into a module's path; A's seed must not depend on them.
@@ -64,10 +66,11 @@ class WatchedBufferDict(BufferDict):
 
 
 class RoutingContext:
-    """What all layers of one model share during a forward pass: which tokens are padding."""
+    """What all layers of one model share: which tokens are padding, and how the model's loss was scaled (None: 1)."""
 
     def __init__(self) -> None:
         self.token_mask: Tensor | None = None
+        self.loss_scale: Tensor | None = None
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The mask of x's tokens, flattened to (N,), or None where it does not describe them."""
@@ -90,9 +93,11 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         flylora_seed, flylora_fingerprint: what identifies A, (T,) int64 and (T, 32) uint8, for the adapter file.
         expert_load: tokens that chose each rank since the last optimizer step, (r,) int64; a plain attribute, because
             DDP overwrites buffers. ``last_load`` is what it was at that step.
+        ablations: of adapters that are not the default method, what differs; ``flylora_trained_A`` then holds an A
+            that trains, (r, n), and ``flylora_steps`` the steps done so far, (1,) int32, where it does so for a while.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("flylora_B",)
+    adapter_layer_names: tuple[str, ...] = ("flylora_B", "flylora_trained_A")
     other_param_names: tuple[str, ...] = (
         "flylora_A",
         "flylora_d",
@@ -106,6 +111,8 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         "projection_state",
         "scaling",
         "base_scaling",
+        "ablations",
+        "flylora_steps",
     )
 
     def __init__(
@@ -126,6 +133,9 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         self.context = context
         self.flylora_B = nn.ParameterDict({})
         self.flylora_A: dict[str, Tensor] = {}
+        self.flylora_trained_A = nn.ParameterDict({})
+        self.flylora_steps = BufferDict(persistent=True)
+        self.ablations: dict[str, Ablation] = {}
         self.flylora_d = BufferDict(persistent=True)
         self.flylora_seed = WatchedBufferDict()
         self.flylora_fingerprint = WatchedBufferDict()
@@ -177,16 +187,20 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
         if self.flylora_B[adapter_name].device.type != "meta":
             self.projection(adapter_name)
+        ablations.prepare(self, adapter_name, config)
         balance.track(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         balance.track(self)
+        ablations.track(self)
 
     # --- the projection A ---------------------------------------------------------------------------------------
 
     def projection(self, adapter_name: str, device: torch.device | None = None) -> Tensor:
         """A, (r, n) float32, generated on the first demand and moved to the device it is asked for."""
+        if adapter_name in self.flylora_trained_A:
+            return ablations.current_projection(self, adapter_name)
         if adapter_name in self.flylora_seed.changed or adapter_name in self.flylora_fingerprint.changed:
             self._adopt_loaded_identity(adapter_name)
         dense = self.flylora_A.get(adapter_name)
@@ -217,8 +231,9 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         parts: list[SparseProjection],
         restored: bool,
     ) -> None:
-        with torch.inference_mode(False):
-            self.flylora_A[adapter_name] = torch.cat([functional.densify(part, self.in_features) for part in parts])
+        if adapter_name not in self.flylora_trained_A:
+            with torch.inference_mode(False):
+                self.flylora_A[adapter_name] = torch.cat([functional.densify(part, self.in_features) for part in parts])
         self.projection_state[adapter_name] = ProjectionState(seeds, digests, restored)
         # Random selection follows the seed in use, too, which a file may have brought.
         self.routing[adapter_name] = tuple(
@@ -248,7 +263,8 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         digests = tuple(bytes(row.tolist()) for row in digest.cpu())
         seeds = tuple(seed.tolist())
         state = self.projection_state[adapter_name]
-        if (state.seeds, state.digests) == (seeds, digests) and adapter_name in self.flylora_A:
+        known = adapter_name in self.flylora_A or adapter_name in self.flylora_trained_A
+        if (state.seeds, state.digests) == (seeds, digests) and known:
             return
         self.flylora_A.pop(adapter_name, None)
         self.projection_state[adapter_name] = ProjectionState(seeds, digests)
@@ -354,6 +370,8 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         base = self.base_layer
         if type(base) not in (nn.Linear, Conv1D) or args or kwargs or self.quantization_backend is not None:
             return False
+        if len(self.flylora_trained_A):
+            return False
         watched = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         if watched or "forward" in base.__dict__:
             return False
@@ -366,6 +384,9 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         shared = self._update_arguments(adapter_name, x)
         dropout = self.flylora_dropout[adapter_name]
         dropped: Tensor = x if isinstance(dropout, nn.Identity) else dropout(x)
+        ablation = self.ablations.get(adapter_name)
+        if ablation is not None:
+            dropped, shared = ablations.altered(ablation, self, dropped, shared)
         if base_out is not None:
             return functional.routed_update(base_out, dropped, **shared)
         base: Any = self.base_layer
@@ -496,6 +517,8 @@ def _after_load(layer: FlyLoraLinear, incompatible_keys: Any) -> None:
 
 def generate_block(seed: int, block: BlockConfig, in_features: int) -> SparseProjection:
     """One block's A from the layer's own seed."""
+    if block.projection_init == "fjlt":
+        return ablations.fjlt_projection(seed, block.r, in_features, block.density)
     return functional.sparse_projection(seed, block.r, in_features, block.nonzeros(in_features), block.projection_init)
 
 

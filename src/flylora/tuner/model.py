@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserError
-from ..functional import SparseProjection
+from ..functional import SparseProjection, densify
+from .ablations import LossScaleHook
 from .config import FlyLoraConfig
 from .layer import (
     ROUTED_MERGE,
@@ -98,6 +99,9 @@ class FlyLoraModel(BaseTuner):
         widths = {layer.module_name: layer.in_features for _, layer in _layers_with(model, adapter_name)}
         self.peft_config[adapter_name].remember_in_features(widths)
         self._install_padding_hook(model)
+        if self.peft_config[adapter_name].balance == "aux_loss":
+            _remove_loss_scale_hook(model)
+            model.register_forward_hook(LossScaleHook(self._context(model)))
 
     def _install_padding_hook(self, model: nn.Module) -> None:
         # An encoder-decoder has two masks and cross-attention sees both sides: there padding is counted.
@@ -128,6 +132,7 @@ class FlyLoraModel(BaseTuner):
             if isinstance(hook, PaddingMaskHook):
                 del model._forward_pre_hooks[key]
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
+        _remove_loss_scale_hook(model)
         return model
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
@@ -255,6 +260,7 @@ class FlyLoraModel(BaseTuner):
         for name, layer in _layers_with(model, adapter_name):
             if f"{name}.flylora_B.{adapter_name}" not in selected:
                 continue  # a sharded save keeps other layers elsewhere
+            selected.pop(f"{name}.flylora_trained_A.{adapter_name}", None)  # kept as any stored projection is
             state, stored = layer.identity_for_saving(adapter_name, config.save_projection)
             seeds, digests = identity_tensors(state)
             selected[f"{name}.flylora_seed.{adapter_name}"] = seeds
@@ -291,21 +297,34 @@ class FlyLoraModel(BaseTuner):
                             known = key.endswith(f".{adapter_name}")
                             loaded[key if known else f"{name}.{tensor}.{adapter_name}"] = found[tensor]
             _check_tensors(short, layer, adapter_name, found, base)
-            pending.append((layer, found))
+            pending.append((name, layer, found))
         if keys:
             raise UserError(
                 f"The adapter file has tensors for modules that this model does not adapt, e.g. '{min(keys)}' "
                 f"({len(keys)} in all): it was trained on another base model ({base}) or with other target_modules."
             )
         accept = []
-        for layer, found in pending:
+        for name, layer, found in pending:
             seeds = tuple(found["flylora_seed"].tolist())
             digests = tuple(bytes(row.tolist()) for row in found["flylora_fingerprint"])
             stored = SparseProjection(found[_VALUES], found[_COLUMNS]) if _VALUES in found else None
             accept.append(layer.projection_from_file(adapter_name, seeds, digests, stored))
+            if adapter_name in layer.flylora_trained_A:
+                if stored is None:
+                    raise UserError(
+                        f"The adapter file lacks the trained projection of {_canonical_key(name)} ({_VALUES}): it is "
+                        "incomplete, or its config was edited."
+                    )
+                loaded[f"{name}.flylora_trained_A.{adapter_name}"] = densify(stored, layer.in_features)
         for take in accept:  # every layer was checked: a file is taken as a whole or not at all
             take()
         return {**remapped, **loaded}
+
+
+def _remove_loss_scale_hook(model: nn.Module) -> None:
+    for key, hook in list(model._forward_hooks.items()):
+        if isinstance(hook, LossScaleHook):
+            del model._forward_hooks[key]
 
 
 class _AdapterNames:
