@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -270,23 +272,22 @@ class Study:
         """The run that trains one adapter, with ``out`` still to be chosen."""
         spec, where = self.methods[method], self.tasks[task]
         seeds = {name: task_seed(task, seed) for name in spec.seed_per_task} | dict.fromkeys(spec.seed_per_run, seed)
-        settings = self.train_settings(model, method, task)
-        return typed(
+        config = typed(
             TrainConfig,
             {
-                **settings,
+                **self.train_settings(model, method, task),
                 "model": self.models[model].name,
                 "task": where.train,
                 "out": "",
                 "method": spec.method,
-                "adapter": {**spec.adapter, **seeds},
+                "adapter": spec.adapter,
                 "data_dir": where.data_dir or self.data_dir,
                 "dtype": self.models[model].dtype,
                 "device": self.models[model].device,
-                "seed": seed,
             },
             f"training {method} on {task}",
         )
+        return dataclasses.replace(config, seed=seed, adapter={**config.adapter, **seeds})
 
     def eval_config(self, model: str, task: str, evaluation: str) -> EvalConfig:
         """The evaluation of the base model on one task."""
@@ -385,7 +386,8 @@ def task_seed(task: str, seed: int) -> int:
 def load_study(path: str | Path) -> Study:
     """The study that a YAML file describes, checked.
 
-    A file may begin with ``extends: other.yaml``: keys are then added to that file's, the file's own winning.
+    A file may begin with ``extends: other.yaml``: keys are then added to that file's, the file's own winning, and a key
+    without a value (null) taking that file's away.
 
     Raises:
         UserError: The file is missing, or not what it should be; the sentence begins with the file.
@@ -441,14 +443,25 @@ def typed(cls: type[C], values: Mapping[str, Any], what: str) -> C:
     for key in values:
         if key not in names:
             raise UserError(f"Unknown key '{key}' in {what}: choose from {', '.join(names)}.")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls)
+    return _typed(cls, json.dumps(values, default=str), what)
+
+
+@cache
+def _typed(cls: type[C], values: str, what: str) -> C:
+    # Studies ask for the same few configs again and again, and checking one takes milliseconds.
     try:
-        found = parser.instantiate(parser.parse_object(dict(values)))
+        found = _parser(cls).instantiate(_parser(cls).parse_object(json.loads(values)))
     except ArgumentError as error:
         text = re.sub(r"<class '(\w+)'>", r"\1", re.sub(r"\s+", " ", str(error))).replace("Parser key", "key")
         raise UserError(f"In {what}: {text.strip().rstrip('.')}: correct the value of that key.") from error
-    return cls(**{name: found[name] for name in names})
+    return cls(**{key.name: found[key.name] for key in dataclasses.fields(cls)})  # type: ignore[arg-type]
+
+
+@cache
+def _parser(cls: type[Any]) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls)
+    return parser
 
 
 class _Loader(yaml.SafeLoader):
@@ -482,8 +495,12 @@ def _content(path: Path, within: tuple[Path, ...]) -> dict[str, Any]:
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merged(merged[key], value)
+        else:
+            merged[key] = value
     return merged
 
 
@@ -585,8 +602,8 @@ def _check_paper(study: Study, paper: Paper) -> None:
         _check_labels("paper", "methods", [figures.method], study.methods)
         _check_labels("paper", "merges", [figures.merge] if figures.merge else [], study.merges)
         _check_labels("paper", "evaluations", figures.values, sorted(evaluations))
-        if (figures.metric == "points_lost") != (figures.merge is not None):
-            raise UserError("paper has points_lost without a merge, or a merge with another metric: correct it.")
+        if figures.metric == "points_lost" and figures.merge is None:
+            raise UserError("paper has points_lost without a merge, but it is merging that loses them: name the merge.")
 
 
 def _check_values(study: Study) -> None:

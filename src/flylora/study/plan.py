@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from flylora.errors import UserError
 from flylora.study.config import LrSearch, MergeSpec, Study, StudyOptions, load_study, narrowed
+from flylora.tasks import Split, load_task, published_task_names
 
 CellKind = Literal["train", "choose", "eval", "merge"]
 
@@ -217,6 +218,8 @@ needs no gradient of its weights (2 more), and the adapter's own are small."""
 RECOMPUTED_PASSES = 6
 """With gradient checkpointing, which runs the forward pass twice."""
 READ_PASSES = 2
+CHOICES = 4
+"""Candidate answers of an item, each of which is read, where the data are not counted."""
 
 
 @dataclass(frozen=True)
@@ -318,23 +321,28 @@ class _Shape:
 
 
 def _shape_of(study: Study, label: str, evaluation: str | None) -> _Shape:
-    """What the study states, else what the data say if they are on this machine."""
+    """What the study states, else what the task and its data say if they are on this machine."""
     spec = study.tasks[label]
-    stated = spec.items.get(evaluation or "train")
+    items = spec.items.get(evaluation or "train")
     name = spec.train if evaluation is None else spec.evaluations[evaluation]
-    split = "train" if evaluation is None else study.eval_config(next(iter(study.models)), label, evaluation).split
-    from flylora.tasks import load_task
-
+    data_dir = spec.data_dir or study.data_dir
+    readings, generated = 1, 0
     try:
-        task = load_task(name, spec.data_dir or study.data_dir)
-        choices = task.kind == "choice" and evaluation is not None
-        # A data set that is stated is not read: a plan must not set off a download.
-        examples = task.examples(split) if stated is None else []
+        task = load_task(name, data_dir)
+        if evaluation is not None:
+            readings = CHOICES if task.kind == "choice" else 1
+            generated = task.max_new_tokens if task.kind in ("generate", "code") else 0
+        # Without a folder published data would come from the hub, and a plan must not set off a download.
+        if items is None and (data_dir is not None or name not in published_task_names()):
+            split = "train" if evaluation is None else _split(study, label, evaluation)
+            items = len(task.examples(split))
+        return _Shape(items, spec.tokens or task.max_length, readings, generated)
     except UserError:
-        return _Shape(stated, spec.tokens)
-    readings = max((len(example.choices) for example in examples), default=4) if choices else 1
-    generated = task.max_new_tokens if task.kind == "generate" and evaluation is not None else 0
-    return _Shape(stated or len(examples), spec.tokens or task.max_length, readings, generated)
+        return _Shape(items, spec.tokens, readings, generated)
+
+
+def _split(study: Study, label: str, evaluation: str) -> Split:
+    return study.eval_config(next(iter(study.models)), label, evaluation).split
 
 
 def _shorter(value: float | None, limit: float | None) -> float | None:

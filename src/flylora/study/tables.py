@@ -20,7 +20,7 @@ from typing import Any
 from flylora.errors import UserError
 from flylora.evaluation.record import EvalRecord
 from flylora.records import read_record, write_text
-from flylora.study.config import PaperFigures, Study
+from flylora.study.config import PaperFigures, Study, task_label
 from flylora.study.estimates import Estimate, estimate
 from flylora.study.plan import Cell, plan
 from flylora.study.record import CELL_RECORD, EVAL_RECORD, CellRecord
@@ -387,15 +387,8 @@ def _columns(results: Results, model: str, merge: bool) -> list[tuple[str, str, 
 
 
 def _heading(study: Study, task: str, evaluation: str, metric: str) -> str:
-    several = len(study.tasks[task].evaluations) > 1 or evaluation not in (task, task_name(study, task))
-    return f"{task}{f' → {evaluation}' if several else ''}: {metric.replace('_', ' ')}"
-
-
-def task_name(study: Study, task: str) -> str:
-    """The label of the evaluation on a task's own held-out items."""
-    from flylora.study.config import task_label
-
-    return task_label(study.tasks[task].train)
+    own = evaluation in (task, task_label(study.tasks[task].train))
+    return f"{task}{'' if own else f' → {evaluation}'}: {metric.replace('_', ' ')}"
 
 
 def _counts(figures: Sequence[Figure | None]) -> str:
