@@ -58,3 +58,12 @@ def test_readings_groups_and_notes_are_shown(capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     for words in ("accuracy by strict", "25.0 %", "75.0 %", "accuracy on [easy]", "50.0 % of 2", "Beware [of] this."):
         assert words in shown
+
+
+def test_pass_at_k_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    task = {"name": "humaneval", "kind": "code"}
+    show_evaluation(record(task=task, accuracy=0.25, accuracies={"pass@1": 0.25, "pass@5": 0.75}))
+    shown = capsys.readouterr().out
+    for words in ("pass@1", "25.0 %", "pass@5", "75.0 %"):
+        assert words in shown
+    assert "accuracy by" not in shown

@@ -49,7 +49,9 @@ def show_evaluation(record: EvalRecord) -> None:
     }
     if record.accuracy is not None:
         rows["accuracy"] = percent(record.accuracy, record.accuracy_stderr)
-    if len(record.accuracies) > 1:
+    if record.task.get("kind") == "code":
+        rows |= {way: percent(share) for way, share in record.accuracies.items()}
+    elif len(record.accuracies) > 1:
         rows |= {f"accuracy by {way}": percent(share) for way, share in record.accuracies.items()}
     rows["loss per answer token"] = f"{number(record.loss)} over {record.loss_tokens:,} tokens"
     rows |= {

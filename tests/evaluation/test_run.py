@@ -15,10 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from conftest import make_model
 from flylora.errors import UserError
 from flylora.evaluation import EvalConfig, evaluate
+from flylora.evaluation import run as evaluation_run
 from flylora.evaluation.record import EvalRecord
 from flylora.evaluation.run import NO_OP, OTHER_WEIGHTS, standard_error
+from flylora.evaluation.sandbox import Verdict, check_isolation
 from flylora.models import LoadedModel, load_model
-from flylora.records import adapter_fingerprint, read_record
+from flylora.records import adapter_fingerprint, read_record, to_json
 from flylora.tasks import Example, load_task
 from flylora.training.methods import attach, method_config
 
@@ -170,6 +172,109 @@ def test_a_task_of_loss_alone_has_no_accuracy(
     assert record.loss == pytest.approx(literal_loss(loaded.tokenizer, [Example("", "Q", "x", "x")])[0], abs=1e-5)
 
 
+@pytest.fixture
+def functions(tmp_path: Path) -> str:
+    """A folder with two functions to write, in the format of HumanEval."""
+    rows = [
+        {
+            "task_id": f"HumanEval/{n}",
+            "prompt": f"def f(x):\n    '''Adds {n}.'''\n",
+            "entry_point": "f",
+            "canonical_solution": f"    return x + {n}\n",
+            "test": f"def check(candidate):\n    assert candidate(1) == {n + 1}\n",
+        }
+        for n in (1, 2)
+    ]
+    (tmp_path / "HumanEval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path)
+
+
+def isolated_or_skip() -> None:
+    try:
+        check_isolation()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def test_programs_are_run_and_counted(
+    config: Callable[..., EvalConfig], loaded: LoadedModel, functions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    isolated_or_skip()
+    written = [
+        "    return x + 1",
+        "    return x +",
+        "def f(x):\n    return 1 + x",
+        "    return 2\ndef g(): 1",
+        "    exit(0)",
+    ]
+    asked: list[Any] = []
+
+    def generate(model: Any, tokenizer: Any, prompts: list[Any], **settings: Any) -> list[str]:
+        asked.append((prompts, settings["sampling"]))
+        return written * 2
+
+    monkeypatch.setattr(evaluation_run, "generate", generate)
+    options = {"task": "humaneval", "data_dir": functions, "samples": 5, "temperature": 0.8}
+    record = evaluate(config(**options, allow_code_execution=True, max_new_tokens=8), loaded)
+    ((prompts, sampling),) = asked
+    assert prompts == [prompts[0]] * 5 + [prompts[5]] * 5
+    assert sampling.temperature == 0.8
+    assert len(set(sampling.seeds)) == 10
+    assert [sample["passed"] for sample in record.items[0]["samples"]] == [True, False, True, True, False]
+    assert [item["passed"] for item in record.items] == [3, 0]
+    assert record.accuracies == {"pass@1": pytest.approx(0.3), "pass@5": 0.5}
+    assert record.accuracy == pytest.approx(0.3)
+    assert record.accuracy_stderr == pytest.approx(math.sqrt(2 * 0.3**2) / 2)
+    assert record.task["kind"] == "code"
+    answers = load_task("humaneval", functions).examples("test")
+    assert record.loss == pytest.approx(literal_loss(loaded.tokenizer, answers)[0], abs=1e-5)
+    assert json.loads(to_json(record))["items"][0]["samples"][1]["reason"].startswith("SyntaxError")
+
+
+def test_drawn_programs_repeat_with_the_seed(
+    config: Callable[..., EvalConfig], loaded: LoadedModel, functions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_run, "check_isolation", lambda: None)
+    monkeypatch.setattr(evaluation_run, "judge", lambda example, written: Verdict(False, "not run"))
+
+    def outputs(**changes: Any) -> list[str]:
+        options = {"task": "humaneval", "data_dir": functions, "allow_code_execution": True, "max_new_tokens": 4}
+        record = evaluate(config(**{**options, "samples": 3, "temperature": 1.0, **changes}), loaded)
+        return [sample["output"] for item in record.items for sample in item["samples"]]
+
+    state = torch.get_rng_state()
+    first = outputs()
+    assert len(set(first)) == 6
+    assert outputs(batch_size=1) == first
+    assert outputs(seed=1) != first
+    assert outputs(samples=1, temperature=0.0) == [
+        greedy(loaded.tokenizer, e.prompt, 4) for e in load_task("humaneval", functions).examples("test")
+    ]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_programs_are_not_run_unless_told(config: Callable[..., EvalConfig], functions: str) -> None:
+    with pytest.raises(UserError, match="'humaneval' runs programs that the model writes: add --allow-code-execution"):
+        evaluate(config(task="humaneval", data_dir=functions))
+
+
+def test_programs_are_not_run_where_they_cannot_be_isolated(
+    config: Callable[..., EvalConfig], functions: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise UserError("Not here.")
+
+    monkeypatch.setattr(evaluation_run, "check_isolation", refuse)
+    with pytest.raises(UserError, match=r"Not here\."):
+        evaluate(config(task="humaneval", data_dir=functions, allow_code_execution=True, model="/no/such/model"))
+
+
+@pytest.mark.parametrize("changes", [{"samples": 2, "temperature": 1.0}, {"temperature": 1.0}])
+def test_only_programs_are_drawn(config: Callable[..., EvalConfig], changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="'capitals' is none: leave them out"):
+        evaluate(config(**changes))
+
+
 def test_groups_are_broken_down(config: Callable[..., EvalConfig], loaded: LoadedModel) -> None:
     record = evaluate(config(task="elements", limit=20), loaded)
     assert record.accuracy is not None
@@ -303,8 +408,9 @@ def test_the_chat_template_changes_what_the_model_reads(config: Callable[..., Ev
 
 
 def test_standard_error_is_that_of_a_share() -> None:
-    assert standard_error(0.5, 100) == pytest.approx(0.05)
-    assert standard_error(1.0, 7) == 0.0
+    assert standard_error([0.0, 1.0] * 50) == pytest.approx(0.05)
+    assert standard_error([1.0] * 7) == 0.0
+    assert standard_error([0.2, 0.4]) == pytest.approx(math.sqrt(0.01 / 2))
 
 
 def test_progress_is_visible(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,24 +17,29 @@ class EvalConfig:
 
     Args:
         model: Base model: a folder, a .gguf file, a name on the hub, or smollm2-135m.
-        task: Name of a built-in task, or path of a task's YAML file.
+        task: Name of a built-in task (docs/domains.md), or path of a task's YAML file.
+        lm_eval: Instead of a task of ours, tasks of lm-evaluation-harness by their names, separated by commas.
         adapter: Folder of an adapter to put on the model; the base model alone if left out.
         out: JSON file for the result; only shown if left out.
-        data_dir: Folder that a YAML task's data files are relative to; the YAML file's own folder if left out.
+        data_dir: Folder of the task's data files; the hub, or the YAML file's own folder, if left out.
         split: Which part of the task's data: train, validation or test.
         limit: Evaluate this many items, drawn at random; all if left out.
         batch_size: Items (for multiple choice: answers) per forward pass.
         max_new_tokens: Longest generation in tokens; the task's own if left out.
+        samples: Programs to draw for each item, for tasks whose answers are programs.
+        temperature: Of drawing them; 0 for the most likely one.
+        allow_code_execution: Run the programs that the model writes, in a sandbox; tasks of that kind need it.
         choice_score: How multiple choice compares answers: log-likelihood (sum), or divided by length (per_byte).
         chat_template: Whether prompts go through the tokenizer's chat template; the task's own choice if left out.
         dtype: Of the base model; auto is bfloat16 where the device computes in it, else float32.
         device: auto is the first GPU if there is one, else the CPU.
-        seed: For adapters that route at random; generation itself is greedy.
+        seed: For drawing programs, and for adapters that route at random.
         overwrite: Replace the file out if it exists.
     """
 
     model: str
-    task: str
+    task: str | None = None
+    lm_eval: str | None = None
     adapter: str | None = None
     out: str | None = None
     data_dir: str | None = None
@@ -41,6 +47,9 @@ class EvalConfig:
     limit: int | None = None
     batch_size: int = 16
     max_new_tokens: int | None = None
+    samples: int = 1
+    temperature: float = 0.0
+    allow_code_execution: bool = False
     choice_score: ChoiceScore = "sum"
     chat_template: bool | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -50,7 +59,17 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Raises ``UserError`` for values that cannot be meant."""
-        for name in ("limit", "batch_size", "max_new_tokens"):
+        if self.task is None and self.lm_eval is None:
+            raise UserError("No task is given: name one with --task, or one of lm-evaluation-harness with --lm-eval.")
+        if self.task is not None and self.lm_eval is not None:
+            raise UserError("Both task and lm_eval are given: evaluate them one after the other.")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"temperature must be at least 0, not {self.temperature:g}.")
+        if self.samples > 1 and self.temperature == 0:
+            raise UserError(
+                f"{self.samples} samples would all be the same at temperature 0: give a temperature such as 0.8."
+            )
+        for name in ("limit", "batch_size", "max_new_tokens", "samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}.")

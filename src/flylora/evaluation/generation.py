@@ -1,15 +1,19 @@
-"""Greedy generation in batches."""
+"""Generation in batches, greedy or by drawing with seeds of one's own."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -17,6 +21,40 @@ from transformers import (
 )
 
 from flylora.evaluation.adapters import base_of
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw instead of taking the most likely token.
+
+    Attributes:
+        temperature: Logits are divided by it; above 0.
+        seeds: One for each prompt, so that what is drawn depends neither on the batch nor on the other prompts.
+    """
+
+    temperature: float
+    seeds: Sequence[int]
+
+
+def sample_seed(seed: int, example_id: str, sample: int) -> int:
+    """A seed for one sample of one item, unlike those of all others."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{example_id}/{sample}".encode()).digest()[:7], "big")
+
+
+class _Drawing(LogitsProcessor):
+    """Turns greedy search into sampling: argmax of (logits / temperature + g) with g drawn from Gumbel(0, 1) is a draw
+    from softmax(logits / temperature). Each row has a generator of its own, so no global one is needed."""
+
+    def __init__(self, temperature: float, seeds: Sequence[int]) -> None:
+        self.temperature = temperature
+        # On the CPU, so that every device draws the same.
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        exponential = torch.empty(scores.shape, dtype=torch.float32)
+        for row, generator in zip(exponential, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() / self.temperature - exponential.log().to(scores.device)
 
 
 class _StopAt(StoppingCriteria):
@@ -34,7 +72,7 @@ class _StopAt(StoppingCriteria):
 
 
 @torch.no_grad()
-def generate_greedily(
+def generate(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
@@ -43,9 +81,10 @@ def generate_greedily(
     max_new_tokens: int,
     end_ids: Sequence[int],
     stop: Sequence[str] = (),
+    sampling: Sampling | None = None,
     advance: Callable[[int], Any] = lambda count: None,
 ) -> list[str]:
-    """The most likely continuation of every prompt, token by token.
+    """A continuation of every prompt: the most likely one token by token, or one that is drawn.
 
     Args:
         model: In evaluation mode.
@@ -55,6 +94,7 @@ def generate_greedily(
         max_new_tokens: Longest continuation in tokens.
         end_ids: Any of these ids ends a continuation and is not part of its text.
         stop: Any of these strings ends it too; text from the string on is left in.
+        sampling: How to draw; the most likely tokens if left out.
         advance: Called with the number of prompts done, for progress.
 
     Returns:
@@ -73,12 +113,14 @@ def generate_greedily(
     with _only(settings, base):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
+            drawing = [_Drawing(sampling.temperature, [sampling.seeds[i] for i in chosen])] if sampling else []
             ids, mask = _padded_left([prompts[i] for i in chosen], end_ids[0])
             width = ids.shape[1]
             out = model.generate(
                 input_ids=ids.to(base.device),
                 attention_mask=mask.to(base.device),
                 generation_config=settings,
+                logits_processor=LogitsProcessorList(drawing),
                 stopping_criteria=StoppingCriteriaList([_StopAt(stop, tokenizer, width)] if stop else []),
             )
             for i, row_ids in zip(chosen, out[:, width:].tolist(), strict=True):

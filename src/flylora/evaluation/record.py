@@ -13,16 +13,18 @@ class EvalRecord(Record):
     """Accuracy and loss of one model on one split of one task.
 
     Attributes:
-        task: Name, version, kind, extractor and metric of the task.
+        task: Name, version, kind, prompt (if it has a name), extractor and metric of the task.
         split: Which part of its data.
         dtype: Of the base model's weights.
         adapter_fingerprint: sha256 over the adapter's tensors; ``None`` for the base model alone.
         adapter_active: Whether the adapter changes the logits of a probe batch; ``None`` for the base model alone.
         notes: Sentences a reader of the figures must know.
         items_scored: n, the number of items the figures are over.
-        accuracy: Mean metric over the items, from 0 to 1; ``None`` for a task that measures the loss alone.
-        accuracy_stderr: Its standard error sqrt(p (1 - p) / n).
-        accuracies: Accuracy under each way of comparing candidate answers, or of reading generated ones.
+        accuracy: Mean metric over the items, from 0 to 1, for programs pass@1; ``None`` for a task that measures the
+            loss alone.
+        accuracy_stderr: Its standard error over the items: sqrt(p (1 - p) / n) where each is right or wrong.
+        accuracies: Accuracy under each way of comparing candidate answers, or of reading generated ones; for programs
+            pass@k for each k of 1, 5 and 10 that is not above the number of samples.
         loss: Mean negative log-likelihood (nats) per answer token, end of sequence included; over all tokens, not
             a mean of means.
         loss_tokens: How many tokens that is over.

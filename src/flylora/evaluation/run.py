@@ -22,13 +22,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flylora.data import Encoded, encode, encode_prompt, end_token_id, fit_prompt
 from flylora.errors import UserError
 from flylora.evaluation.adapters import adapted, base_of, changes_logits, trained_on_other_weights
+from flylora.evaluation.code import judge, pass_rates
 from flylora.evaluation.config import EvalConfig
-from flylora.evaluation.generation import generate_greedily
+from flylora.evaluation.generation import Sampling, generate, sample_seed
 from flylora.evaluation.likelihood import token_log_likelihoods
 from flylora.evaluation.record import EvalRecord
+from flylora.evaluation.sandbox import check_isolation
 from flylora.models import LoadedModel, load_model
 from flylora.records import Provenance, now, provenance, write_record
 from flylora.tasks import Example, Task, load_task
+from flylora.tasks.base import CodeExample
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +85,8 @@ class _Scored:
 def run(config: EvalConfig, loaded: LoadedModel | None = None) -> EvalRecord:
     """Evaluates a model, with or without an adapter, on one split of a task.
 
-    Multiple choice is answered by log-likelihood, other tasks by greedy generation and the task's extractor. The loss
-    on the gold completion is always measured.
+    Multiple choice is answered by log-likelihood, other tasks by greedy generation and the task's extractor, or by
+    programs that are run against tests. The loss on the gold completion is always measured.
 
     Args:
         config: Settings.
@@ -98,7 +101,10 @@ def run(config: EvalConfig, loaded: LoadedModel | None = None) -> EvalRecord:
     out = None if config.out is None else Path(config.out)
     if out is not None:
         _check_out(out, config.overwrite)
+    if config.task is None:
+        raise UserError("No task is given: name one, or call flylora.evaluation.evaluate_with_harness.")
     task = load_task(config.task, config.data_dir)
+    _check_kind(task, config)
     examples = task.examples(config.split, config.limit)
     loaded = loaded or load_model(config.model, config.dtype, config.device)
     origin = provenance(
@@ -114,6 +120,21 @@ def run(config: EvalConfig, loaded: LoadedModel | None = None) -> EvalRecord:
     if out is not None:
         write_record(record, out)
     return record
+
+
+def _check_kind(task: Task, config: EvalConfig) -> None:
+    if task.kind == "code":
+        if not config.allow_code_execution:
+            raise UserError(
+                f"The task '{task.name}' runs programs that the model writes: add --allow-code-execution to allow that "
+                "(docs/domains.md says what protects the machine)."
+            )
+        check_isolation()
+    elif config.samples > 1 or config.temperature > 0:
+        raise UserError(
+            f"samples and temperature are for tasks whose answers are programs, and '{task.name}' is none: leave them "
+            "out."
+        )
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
@@ -159,6 +180,8 @@ def _evaluate(
         else:
             if task.kind == "generate":
                 _answer_by_generation(setting, scored)
+            elif task.kind == "code":
+                _answer_by_programs(setting, scored)
             _measure_loss(setting, scored)
     return _summary(config, task, loaded, origin, fingerprint, active, notes, scored, time.monotonic() - started)
 
@@ -210,6 +233,33 @@ def _argmax(values: Sequence[float]) -> int:
 
 
 def _answer_by_generation(setting: _Setting, scored: list[_Scored]) -> None:
+    task = setting.task
+    readings = (task.extractor, *task.also_extractors)
+    for item, (text,) in _generated(setting, scored):
+        item.details = {"output": text, "extracted": task.extract(text)}
+        item.scores = {name: task.score(text, item.example, name) for name in readings}
+        item.score = item.scores[task.extractor]
+
+
+def _answer_by_programs(setting: _Setting, scored: list[_Scored]) -> None:
+    """Draws programs for every item and runs each against the item's tests, in the sandbox."""
+    outputs = _generated(setting, scored)
+    with _progress("programs", len(outputs) * setting.config.samples) as advance:
+        for item, texts in outputs:
+            assert isinstance(item.example, CodeExample)
+            samples = []
+            for text in texts:
+                verdict = judge(item.example, setting.task.extract(text))
+                samples.append({"output": text, "passed": verdict.passed, "reason": verdict.reason})
+                advance(1)
+            passed = sum(bool(sample["passed"]) for sample in samples)
+            item.details = {"samples": samples, "passed": passed}
+            item.scores = pass_rates(len(samples), passed)
+            item.score = item.scores["pass@1"]
+
+
+def _generated(setting: _Setting, scored: list[_Scored]) -> list[tuple[_Scored, list[str]]]:
+    """The items that fit in the context, each with as many outputs as samples are asked for."""
     task, config, chat = setting.task, setting.config, setting.chat_template
     max_new_tokens = config.max_new_tokens or task.max_new_tokens
     room = setting.context - max_new_tokens
@@ -219,11 +269,12 @@ def _answer_by_generation(setting: _Setting, scored: list[_Scored]) -> None:
         if prompt is not None and len(prompt) > room:
             prompt = fit_prompt(item.example.prompt, setting.tokenizer, room, chat) if task.truncate_prompt else None
         if prompt is not None:
-            prompts.append(prompt)
+            prompts += [prompt] * config.samples
             owners.append(item)
+    seeds = [sample_seed(config.seed, item.example.id, n) for item in owners for n in range(config.samples)]
     ends = {end_token_id(setting.tokenizer, chat), end_token_id(setting.tokenizer, False)}
     with _progress("generation", len(prompts)) as advance:
-        texts = generate_greedily(
+        texts = generate(
             setting.model,
             setting.tokenizer,
             prompts,
@@ -231,13 +282,10 @@ def _answer_by_generation(setting: _Setting, scored: list[_Scored]) -> None:
             max_new_tokens=max_new_tokens,
             end_ids=sorted(ends),
             stop=task.stop,
+            sampling=Sampling(config.temperature, seeds) if config.temperature else None,
             advance=advance,
         )
-    readings = (task.extractor, *task.also_extractors)
-    for item, text in zip(owners, texts, strict=True):
-        item.details = {"output": text, "extracted": task.extract(text)}
-        item.scores = {name: task.score(text, item.example, name) for name in readings}
-        item.score = item.scores[task.extractor]
+    return [(item, texts[i * config.samples : (i + 1) * config.samples]) for i, item in enumerate(owners)]
 
 
 def _measure_loss(setting: _Setting, scored: list[_Scored]) -> None:
@@ -281,14 +329,14 @@ def _summary(
         status="complete",
         provenance=dataclasses.replace(origin, finished=now()),
         config=dataclasses.asdict(config),
-        task={key: str(getattr(task, key)) for key in ("name", "version", "kind", "extractor", "metric")},
+        task={key: str(getattr(task, key)) for key in ("name", "version", "kind", "prompt", "extractor", "metric")},
         split=config.split,
         dtype=loaded.dtype,
         adapter_fingerprint=fingerprint,
         adapter_active=active,
         items_scored=len(scored),
         accuracy=accuracy,
-        accuracy_stderr=None if accuracy is None else standard_error(accuracy, len(scored)),
+        accuracy_stderr=None if accuracy is None else standard_error(scores),
         accuracies={
             way: sum(s.scores.get(way, 0.0) for s in scored) / len(scored)
             for way in sorted({way for s in scored for way in s.scores})
@@ -307,9 +355,10 @@ def _summary(
     )
 
 
-def standard_error(p: float, n: int) -> float:
-    """sqrt(p (1 - p) / n): the standard error of a share p of n independent items."""
-    return math.sqrt(p * (1 - p) / n)
+def standard_error(scores: Sequence[float]) -> float:
+    """sqrt(sum of (s - mean)^2) / n: of the mean of n independent scores; sqrt(p (1 - p) / n) where each is 0 or 1."""
+    mean = math.fsum(scores) / len(scores)
+    return math.sqrt(math.fsum((score - mean) ** 2 for score in scores)) / len(scores)
 
 
 @contextmanager
