@@ -23,7 +23,7 @@ from flylora.study import run as running
 from flylora.study.plan import plan
 from flylora.study.record import CellRecord
 from flylora.study.run import StudyResult, Workbench, checksums, run_cell, run_study, same_settings, stored
-from flylora.training import TrainConfig
+from flylora.training import TrainConfig, callbacks
 from flylora.training.interrupt import TrainingInterrupted
 
 Save = Callable[..., Path]
@@ -160,8 +160,6 @@ def test_a_failure_is_kept_until_a_retry_or_a_change(
 def test_a_stopped_study_goes_on_to_the_same_result(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(train={"steps": 4, "batch_size": 2, "lr": 0.02, "save_steps": 1})
     whole = go(path, out=str(path.parent / "whole"), only="seed0/llama/fly/*")
-    from flylora.training import callbacks
-
     real = callbacks.RunCallback.on_step_end
     trained = []
 
@@ -184,6 +182,28 @@ def test_a_stopped_study_goes_on_to_the_same_result(save: Save, monkeypatch: pyt
     assert prints[0] == prints[1]
     losses = [[r.result.get("loss") for r in result.records] for result in (whole, resumed)]
     assert losses[0] == losses[1]
+
+
+def test_a_training_that_cannot_go_on_starts_again(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(train={"steps": 3, "batch_size": 2, "lr": 0.02, "save_steps": 1})
+    name = "seed0/llama/fly/vowels/train"
+    real = callbacks.RunCallback.on_step_end
+
+    def stopping(self: Any, *arguments: Any, **options: Any) -> None:
+        self.interrupt.requested = True
+        real(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.RunCallback, "on_step_end", stopping)
+        with pytest.raises(TrainingInterrupted):
+            go(path, only=name)
+    assert (path.parent / "run/cells" / name / "adapter/checkpoints/checkpoint-1").is_dir()
+    data = tmp_path / "vowels_train.jsonl"
+    data.write_text(data.read_text().replace('"letter": "e"', '"letter": "o"'))
+    (redone,) = go(path, only=name).records
+    assert redone.done
+    (fresh,) = go(path, only=name, out=str(tmp_path / "fresh")).records
+    assert redone.result["adapter_fingerprint"] == fresh.result["adapter_fingerprint"]
 
 
 def test_a_crash_between_cells_loses_nothing(save: Save, monkeypatch: pytest.MonkeyPatch, worked: list[str]) -> None:

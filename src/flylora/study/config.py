@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -31,7 +31,7 @@ CALIBRATED_MERGES: frozenset[str] = frozenset({"least_squares"})
 # What the cells of a study set themselves.
 _PLACED = frozenset({"model", "task", "out", "adapter", "data_dir", "seed", "resume", "overwrite", "dtype", "device"})
 _NOT_TRAIN = _PLACED | {"method", "report_to"}
-_NOT_EVALUATION = _PLACED
+_NOT_EVALUATION = _PLACED | {"lm_eval"}
 _NOT_MERGE = _PLACED | {"adapters", "method", "calibrate", "evaluate", "eval_limit", "eval_split", "search", "model"}
 
 _LABEL = re.compile(r"[A-Za-z0-9][\w.+-]*")
@@ -443,18 +443,20 @@ def typed(cls: type[C], values: Mapping[str, Any], what: str) -> C:
     for key in values:
         if key not in names:
             raise UserError(f"Unknown key '{key}' in {what}: choose from {', '.join(names)}.")
-    return _typed(cls, json.dumps(values, default=str), what)
+    checked: C = _typed(cast(Any, cls), json.dumps(values, default=str), what)
+    return checked
 
 
 @cache
-def _typed(cls: type[C], values: str, what: str) -> C:
+def _typed(cls: type[Any], values: str, what: str) -> Any:
     # Studies ask for the same few configs again and again, and checking one takes milliseconds.
+    parser = _parser(cast(Any, cls))
     try:
-        found = _parser(cls).instantiate(_parser(cls).parse_object(json.loads(values)))
+        found = parser.instantiate(parser.parse_object(json.loads(values)))
     except ArgumentError as error:
         text = re.sub(r"<class '(\w+)'>", r"\1", re.sub(r"\s+", " ", str(error))).replace("Parser key", "key")
         raise UserError(f"In {what}: {text.strip().rstrip('.')}: correct the value of that key.") from error
-    return cls(**{key.name: found[key.name] for key in dataclasses.fields(cls)})  # type: ignore[arg-type]
+    return cls(**{key.name: found[key.name] for key in dataclasses.fields(cls)})
 
 
 @cache

@@ -301,7 +301,8 @@ class Sizes:
         items = _shorter(shape.items, cell.config["limit"])
         if items is None or shape.tokens is None:
             return None
-        return items * (shape.tokens * shape.readings + (cell.config["max_new_tokens"] or shape.generated))
+        generated = shape.generated and (cell.config["max_new_tokens"] or shape.generated)
+        return items * (shape.tokens * shape.readings + generated * cell.config.get("samples", 1))
 
     def _shape(self, task: str, evaluation: str | None) -> _Shape:
         key = task, evaluation

@@ -30,6 +30,7 @@ from flylora.models import LoadedModel, first_line, load_model, resolve_model
 from flylora.records import (
     adapter_fingerprint,
     file_sha256,
+    is_disk_full,
     now,
     provenance,
     read_record,
@@ -50,10 +51,10 @@ logger = logging.getLogger(__name__)
 CELLS = "cells"
 _CONFIGS: dict[str, type[Any]] = {"train": TrainConfig, "eval": EvalConfig, "merge": MergeConfig}
 
-# Fields that say where things are, not what they are: their contents are compared instead.
+# Fields that say where things are, not what they are (their contents are compared instead), or what is allowed.
 _PLACES = frozenset(
     {"out", "task", "data_dir", "adapters", "calibrate", "resume", "overwrite", "report_to", "save_steps"}
-    | {"logging_steps"}
+    | {"logging_steps", "allow_code_execution"}
 )
 
 
@@ -258,10 +259,11 @@ class _Work:
         """Whether an earlier record is this cell's, and its result is still there or it is not to be tried again."""
         if earlier.because_of is not None or earlier.inputs != found:
             return False
+        if not earlier.done:
+            # A failure may be due to anything, so anything that is different now is a reason to try again.
+            return not retry_failed and earlier.config == json.loads(json.dumps(config))
         if not same_settings(earlier.config, config, _CONFIGS.get(self.cell.kind)):
             return False
-        if not earlier.done:
-            return not retry_failed
         if self.cell.kind in ("train", "merge"):
             with suppress(UserError):
                 return adapter_fingerprint(self.place / ADAPTER) == earlier.result["adapter_fingerprint"]
@@ -284,10 +286,11 @@ class _Work:
     def _train(self, config: dict[str, Any]) -> dict[str, Any]:
         out = self.place / ADAPTER
         asked = TrainConfig(**{**config, "out": str(out)})
-        resume = _resumable(out, asked)
-        if not resume:
+        loaded = self._loaded(config)
+        done = _go_on(out, asked, loaded)
+        if done is None:
             shutil.rmtree(out, ignore_errors=True)
-        done = train(dataclasses.replace(asked, resume=resume, overwrite=False), self._loaded(config))
+            done = train(asked, loaded)
         return {
             "adapter_fingerprint": done.adapter_fingerprint,
             "trainable_parameters": done.trainable_parameters,
@@ -346,14 +349,23 @@ class _Work:
         }
 
 
-def _resumable(out: Path, asked: TrainConfig) -> bool:
-    """Whether a folder holds an unfinished run of the same settings."""
+def _go_on(out: Path, asked: TrainConfig, loaded: LoadedModel) -> TrainRecord | None:
+    """The end of an unfinished run of the same settings; ``None`` if there is none that can be gone on with."""
     try:
         earlier = read_record(out / RECORD_NAME, TrainRecord)
     except UserError:
-        return False
+        return None
     wanted = json.loads(json.dumps(asked.deciding()))
-    return earlier.status != "complete" and all(earlier.config.get(key) == value for key, value in wanted.items())
+    if earlier.status == "complete" or any(earlier.config.get(key) != value for key, value in wanted.items()):
+        return None
+    try:
+        return train(dataclasses.replace(asked, resume=True), loaded)
+    except UserError as error:
+        if is_disk_full(error.__cause__ or error):
+            raise
+        # Other data or weights than before, or a method whose checkpoints do not hold all of its state.
+        logger.warning("%s It is started again.", error)
+        return None
 
 
 def same_settings(earlier: dict[str, Any], asked: dict[str, Any], cls: type[Any] | None) -> bool:

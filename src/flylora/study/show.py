@@ -24,7 +24,8 @@ def show_plan(options: StudyOptions, console: Console | None = None) -> None:
     study, cells = planned(options)
     folder = Path(options.out) if options.out is not None else Path("runs") / study.name
     records = _records(folder, cells)
-    done = {name: record.seconds for name, record in records.items() if record.done}
+    # A training that was resumed took longer than its last part.
+    done = {name: max(r.seconds, r.result.get("seconds", 0.0)) for name, r in records.items() if r.done}
     sizes = Sizes(study, done).of(cells)
     for cell in cells:
         record = records.get(cell.name)

@@ -240,10 +240,10 @@ def item_error(metric: str, pairs: Sequence[tuple[EvalRecord, EvalRecord]]) -> f
     For the loss, a ratio of sums over items (nats by tokens), by the delta method; for accuracy (in points), of a mean.
 
     Args:
-        metric: loss or accuracy; others have no value for an item.
+        metric: loss, accuracy or pass@1; others have no value for an item.
         pairs: The two models' records, seed by seed.
     """
-    if metric not in ("loss", "accuracy") or not pairs:
+    if metric not in ("loss", "accuracy", "pass@1") or not pairs:
         return None
     sums: dict[str, float] = defaultdict(float)
     weights: dict[str, float] = {}
@@ -251,7 +251,7 @@ def item_error(metric: str, pairs: Sequence[tuple[EvalRecord, EvalRecord]]) -> f
         left, right = ({item["id"]: item for item in record.items} for record in (ours, theirs))
         for name in left.keys() & right.keys():
             a, b = left[name], right[name]
-            if metric == "accuracy":
+            if metric != "loss":
                 weights[name] = 1.0
                 sums[name] += 100 * ((a["score"] or 0.0) - (b["score"] or 0.0)) / len(pairs)
             elif a["loss"] is not None and b["loss"] is not None:
