@@ -302,7 +302,7 @@ class Sizes:
         if items is None or shape.tokens is None:
             return None
         generated = shape.generated and (cell.config["max_new_tokens"] or shape.generated)
-        return items * (shape.tokens * shape.readings + generated * cell.config.get("samples", 1))
+        return items * (shape.tokens * shape.readings + generated * cell.config["samples"])
 
     def _shape(self, task: str, evaluation: str | None) -> _Shape:
         key = task, evaluation
