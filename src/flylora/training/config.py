@@ -29,7 +29,8 @@ class TrainConfig:
         model: Base model: a folder, a .gguf file, a name on the hub, or smollm2-135m.
         task: Name of a built-in task, or path of a task's YAML file.
         out: Folder for the adapter, its record and metrics.
-        method: flylora, or any PEFT method by its name (lora, vera, randlora, ...).
+        method: flylora, lora, rslora, dora, lorafa, pissa, adalora, vera, randlora, miss, c3a, splitlora, hydralora,
+            sora, lori, droplora, or any other PEFT method by its name.
         adapter: Options of the method, e.g. --adapter.r 16 --adapter.k 4; every field of its PEFT config is one.
         data_dir: Folder that a YAML task's data files are relative to; the YAML file's own folder if left out.
         steps: Optimizer steps; give this or epochs.

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,8 @@ from flylora.tasks import Split, Task, load_task
 from flylora.training.callbacks import LossBar, RunCallback
 from flylora.training.config import DEFAULT_EPOCHS, TrainConfig
 from flylora.training.interrupt import TrainingInterrupted, catching_interrupts
-from flylora.training.methods import attach, method_config
+from flylora.training.methods import Setup, method_config, needs_flylora, set_up
+from flylora.training.presets import Run, preset
 from flylora.training.record import TrainRecord
 from flylora.training.run_folder import RunFolder, checkpoint_step
 
@@ -54,17 +56,29 @@ def fit(config: TrainConfig, loaded: LoadedModel | None = None) -> TrainRecord:
     if earlier is not None and earlier.status == "complete":
         logger.warning("The run in %s is complete already; nothing to do.", folder.path)
         return earlier
-    method = method_config(config.method, config.adapter)
+    _check_method(config, folder)
     task = load_task(config.task, config.data_dir)
     loaded = loaded or load_model(config.model, config.dtype, config.device)
     train_set = _encoded(task, "train", config.train_limit, config, loaded)
     validation = _encoded(task, "validation", config.eval_limit, config, loaded) if config.eval_steps else None
-    model = attach(loaded.model, method, config.seed)
-    try:
-        record = _new_record(config, loaded, task, train_set, model, earlier)
-        return _run(config, folder, loaded, model, train_set, validation, record)
-    finally:
-        _give_back(loaded, model)
+    run = Run(_total_steps(config, len(train_set.items)), loaded.model)
+    method = method_config(config.method, config.adapter, run)
+    with set_up(loaded.model, config.method, method, config.seed, config.lr, config.weight_decay) as setup:
+        try:
+            record = _new_record(config, loaded, task, train_set, setup.model, earlier)
+            return _run(config, folder, loaded, setup, train_set, validation, record)
+        finally:
+            _give_back(loaded, setup.model)
+
+
+def _check_method(config: TrainConfig, folder: RunFolder) -> None:
+    """Refuse a method's options, and a continuation it is not capable of, before anything is loaded."""
+    method_config(config.method, config.adapter, Run(config.steps or sys.maxsize))
+    if config.resume and not preset(config.method).resumable and folder.last_checkpoint() is not None:
+        raise UserError(
+            f"A run of {config.method} cannot go on from a checkpoint, which does not hold all of the method's state: "
+            "add --overwrite instead of --resume to start again."
+        )
 
 
 def _encoded(task: Task, split: Split, limit: int | None, config: TrainConfig, loaded: LoadedModel) -> EncodedSet:
@@ -140,7 +154,7 @@ def _run(
     config: TrainConfig,
     folder: RunFolder,
     loaded: LoadedModel,
-    model: PeftModel,
+    setup: Setup,
     train_set: EncodedSet,
     validation: EncodedSet | None,
     record: TrainRecord,
@@ -161,19 +175,19 @@ def _run(
             if _is_main_process():
                 note(checkpoint_step(checkpoint) if checkpoint else 0, "running")
             callback = RunCallback(folder, interrupt, lambda steps: note(steps, "running"))
-            trainer = _trainer(config, folder, loaded, model, train_set, validation, record.total_steps, callback)
+            trainer = _trainer(config, folder, loaded, setup, train_set, validation, record.total_steps, callback)
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             steps = trainer.state.global_step
             if interrupt.requested and steps < record.total_steps:
                 note(steps, "interrupted")
                 raise TrainingInterrupted(
                     f"Stopped at step {steps} of {record.total_steps}; the checkpoint is in {folder.checkpoints}. "
-                    "To go on, give the same command with --resume."
+                    + _how_to_go_on(config)
                 )
             if not _is_main_process():
                 return record
             note(steps, "running")
-            folder.save_adapter(trainer.model, _card(config, record))
+            folder.save_adapter(trainer.model, _card(config, record), setup.initial)
             record = _finished(record, folder)
             folder.finish(record)
             return record
@@ -181,6 +195,12 @@ def _run(
         if _is_main_process():
             folder.discard_unless_resumable()
         raise
+
+
+def _how_to_go_on(config: TrainConfig) -> str:
+    if preset(config.method).resumable:
+        return "To go on, give the same command with --resume."
+    return f"A run of {config.method} cannot be resumed: to start again, give the same command with --overwrite."
 
 
 class _AdapterTrainer(SFTTrainer):
@@ -204,7 +224,7 @@ def _trainer(
     config: TrainConfig,
     folder: RunFolder,
     loaded: LoadedModel,
-    model: PeftModel,
+    setup: Setup,
     train_set: EncodedSet,
     validation: EncodedSet | None,
     total_steps: int,
@@ -212,13 +232,14 @@ def _trainer(
 ) -> SFTTrainer:
     try:
         trainer = _AdapterTrainer(
-            model=model,
+            model=setup.model,
             args=_arguments(config, folder, loaded, total_steps),
             data_collator=CompletionCollator(),
             train_dataset=_dataset(train_set),
             eval_dataset=None if validation is None else _dataset(validation),
             processing_class=loaded.tokenizer,
-            callbacks=[callback],
+            callbacks=[callback, *setup.callbacks],
+            optimizers=(setup.optimizer, None),
         )
     except UserError:
         raise
@@ -312,7 +333,8 @@ def _finished(record: TrainRecord, folder: RunFolder) -> TrainRecord:
 
 
 def _card(config: TrainConfig, record: TrainRecord) -> str:
-    needs = "import flylora  # makes FLYLORA known to PEFT; without it loading stops with KeyError: 'FLYLORA'\n"
+    name = preset(config.method).kind.upper()
+    needs = f"import flylora  # makes {name} known to PEFT; without it loading stops with KeyError: '{name}'\n"
     return f"""---
 library_name: peft
 tags:
@@ -329,7 +351,7 @@ tags:
 | steps | {record.steps} of {config.batch_size} items |
 
 ```python
-{needs if config.method.lower() == "flylora" else ""}from flylora.models import load_model
+{needs if needs_flylora(config.method) else ""}from flylora.models import load_model
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(load_model({config.model!r}).model, "path/of/this/folder")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,13 +123,23 @@ class RunFolder:
         with suppress(OSError):  # not empty: something else was put there
             self.path.rmdir()
 
-    def save_adapter(self, model: PeftModel, card: str) -> None:
-        """Writes the adapter beside its place and moves it in, the config last."""
+    def save_adapter(self, model: PeftModel, card: str, initial: Path | None = None) -> None:
+        """Writes the adapter beside its place and moves it in, the config last.
+
+        ``initial`` is the untrained adapter of a method that changed the base weights: the difference is written.
+        """
         partial = self.path / ".adapter.partial"
         with saving(self.path):
             try:
                 # Asking whether the vocabulary changed would look the base model up on the hub.
-                model.save_pretrained(str(partial), save_embedding_layers=False)
+                with warnings.catch_warnings():
+                    # PEFT puts the untrained adapter beside the trained one for a moment, and warns of having done so.
+                    warnings.filterwarnings("ignore", message=".* changes the base weights of the model")
+                    model.save_pretrained(
+                        str(partial),
+                        save_embedding_layers=False,
+                        path_initial_model_for_weight_conversion=None if initial is None else str(initial),
+                    )
                 write_text(partial / "README.md", card)
                 shares = expert_shares(model)
                 if shares:
