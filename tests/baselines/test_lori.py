@@ -71,7 +71,7 @@ def test_the_mask_keeps_the_largest_entries_of_all_layers_and_b_begins_again() -
         assert np.array_equal(array(layer.lori_mask["default"]), mask)
         assert not layer.lori_B["default"].any()
         assert layer.lori_B["default"] not in optimizer.state
-        assert layer.active_parameters("default") == mask.sum()
+        assert layer.active_parameters("default", layer.in_features, layer.out_features) == mask.sum()
     assert len({int(mask.sum()) / mask.size for mask in masks}) > 1  # one threshold for all, not one for each
 
 

@@ -187,16 +187,11 @@ class BaselineLinear(nn.Module, BaseTunerLayer):
         """What follows an optimizer step that trained one adapter of the ``held`` layers."""
         raise NotImplementedError
 
-    def active_parameters(self, adapter: str) -> int:
-        """How many trained parameters act on one token; all of them unless a method selects."""
-        return self.trained_parameters(adapter)
+    def active_parameters(self, adapter: str, n: float, m: float) -> float:
+        """How many trained parameters act on one token, were this a layer of n inputs and m outputs."""
+        raise NotImplementedError
 
     # --- adapters ---------------------------------------------------------------------------------------------------
-
-    def trained_parameters(self, adapter: str) -> int:
-        """How many parameters of the adapter train."""
-        trained = set(self.adapter_layer_names) - set(self.frozen_names)
-        return sum(getattr(self, name)[adapter].numel() for name in trained)
 
     def update_layer(
         self, adapter_name: str, config: BaselineConfig, inference_mode: bool = False, **kwargs: Any

@@ -49,6 +49,10 @@ class DropLoraLinear(BaselineLinear):
         mask = torch.nn.functional.dropout(mask, self.configs[adapter].rank_dropout, training=self.training)
         return (codes * mask) @ (self.droplora_B[adapter] * self.scaling[adapter]).t()
 
+    def active_parameters(self, adapter: str, n: float, m: float) -> float:
+        """All: in evaluation every rank acts."""
+        return self.configs[adapter].r * (n + m)
+
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         return self.droplora_B[adapter], self.droplora_A[adapter]
 

@@ -51,6 +51,11 @@ class HydraLoraLinear(BaselineLinear):
         up = self.hydralora_B[adapter].transpose(0, 1).flatten(1)
         return mixed @ (up * self.scaling[adapter]).t()
 
+    def active_parameters(self, adapter: str, n: float, m: float) -> float:
+        """All: every expert acts on every token."""
+        config = self.configs[adapter]
+        return config.r * n + config.experts * (config.r * m + n)
+
 
 class HydraLoraModel(BaselineModel):
     """Puts HydraLoRA adapters into a model; see [`HydraLoraConfig`]."""

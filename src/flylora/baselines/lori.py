@@ -82,12 +82,14 @@ class LoriLinear(BaselineLinear):
             # The gradient is masked already; an optimizer's momentum or decay could still move an entry.
             layer.lori_B[adapter].mul_(layer.lori_mask[adapter])
 
-    def active_parameters(self, adapter: str) -> int:
+    def active_parameters(self, adapter: str, n: float, m: float) -> float:
         """The entries of B that the mask keeps, or is going to keep."""
         mask, config = self.lori_mask[adapter], self.configs[adapter]
-        if config.dense_steps is None or (not mask.is_meta and int(self.lori_steps[adapter]) >= config.dense_steps):
-            return mask.numel() if mask.is_meta else int(mask.sum())
-        return round(config.density * mask.numel())
+        if mask.is_meta or bool(mask.all()):
+            share = 1.0 if config.dense_steps is None else config.density
+        else:
+            share = int(mask.sum()) / mask.numel()
+        return share * config.r * m
 
 
 class LoriModel(BaselineModel):

@@ -62,11 +62,11 @@ class SoraLinear(BaselineLinear):
             gate = layer.sora_gate[adapter]
             gate.copy_(gate.sign() * (gate.abs() - lr * layer.configs[adapter].l1).clamp(min=0))
 
-    def active_parameters(self, adapter: str) -> int:
+    def active_parameters(self, adapter: str, n: float, m: float) -> float:
         """Rows, columns and gates of the ranks whose gate is not 0; all of them where nothing is known yet (meta)."""
         gate = self.sora_gate[adapter]
         ranks = gate.numel() if gate.is_meta else int(gate.count_nonzero())
-        return ranks * (self.in_features + self.out_features + 1)
+        return ranks * (n + m + 1)
 
 
 def gate_sparsity(model: nn.Module, adapter: str = "default") -> tuple[int, int]:

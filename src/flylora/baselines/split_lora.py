@@ -75,11 +75,10 @@ class SplitLoraLinear(BaselineLinear):
         kept, chosen = logits.topk(self.configs[adapter].active_experts, dim=-1)
         return torch.zeros_like(logits).scatter(-1, chosen, kept.sigmoid())
 
-    def active_parameters(self, adapter: str) -> int:
-        """The chosen experts' columns and rows, and the whole router."""
+    def active_parameters(self, adapter: str, n: float, m: float) -> float:
+        """The chosen experts' rows and columns, and the whole router."""
         config = self.configs[adapter]
-        ranks = config.active_experts * config.r // config.experts
-        return ranks * (self.in_features + self.out_features) + config.experts * self.in_features
+        return config.active_experts * config.r // config.experts * (n + m) + config.experts * n
 
 
 class SplitLoraModel(BaselineModel):
