@@ -137,7 +137,8 @@ def test_numbers_with_an_exponent_are_numbers(save: Save) -> None:
 
 
 def test_options_make_a_study_smaller(save: Save) -> None:
-    study = load_study(save(train={"epochs": 1.0, "batch_size": 8, "micro_batch_size": 4}))
+    search = {"task": "vowels", "rates": [0.1], "steps": 9}
+    study = load_study(save(train={"epochs": 1.0, "batch_size": 8, "micro_batch_size": 4}, lr_search=search))
     options = StudyOptions(
         "s", model="some/Other-Model", seeds=[4], steps=3, batch_size=2, eval_limit=1, train_limit=5, data_dir="d"
     )
@@ -147,6 +148,8 @@ def test_options_make_a_study_smaller(save: Save) -> None:
     assert (config.model, config.steps, config.epochs, config.batch_size) == ("some/Other-Model", 3, None, 2)
     assert (config.micro_batch_size, config.train_limit, config.data_dir, config.lr) == (None, 5, "d", 0.01)
     assert small.eval_config("Other-Model", "vowels", "vowels").limit == 1
+    assert small.lr_search is not None
+    assert (small.lr_search.steps, small.lr_search.limit) == (3, 1)
     with pytest.raises(UserError, match="The seeds are"):
         narrowed(study, StudyOptions("s", seeds=[]))
 

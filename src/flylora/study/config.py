@@ -344,12 +344,12 @@ class StudyOptions:
         data_dir: Folder that the tasks' data files are relative to, for all tasks.
         model: Use this model in place of the study's.
         seeds: Use these seeds in place of the study's.
-        steps: Train for this many steps, whatever the study says.
+        steps: Train for this many steps, whatever the study says (and search learning rates with no more).
         batch_size: Items per optimizer step.
         micro_batch_size: Items per forward pass while training.
         max_length: Longest item in tokens while training.
         train_limit: Train on this many items of each task.
-        eval_limit: Evaluate on this many items of each task.
+        eval_limit: Evaluate on this many items of each task (and search learning rates with no more).
         allow_code_execution: Run the programs that models write, for tasks that are marked so.
     """
 
@@ -419,6 +419,11 @@ def narrowed(study: Study, options: StudyOptions) -> Study:
     train = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.batch_size is not None:
         train.setdefault("micro_batch_size", None)  # the study's need not divide it
+    if study.lr_search is not None:
+        search = study.lr_search
+        changes["lr_search"] = dataclasses.replace(
+            search, steps=_least(search.steps, options.steps), limit=_least(search.limit, options.eval_limit)
+        )
     if train:
         changes["overrides"] = [*study.overrides, Override(train)]
     evaluation: dict[str, Any] = {} if options.eval_limit is None else {"limit": options.eval_limit}
@@ -431,6 +436,10 @@ def narrowed(study: Study, options: StudyOptions) -> Study:
             label: dataclasses.replace(t, evaluation={**t.evaluation, **evaluation}) for label, t in tasks.items()
         }
     return dataclasses.replace(study, **changes)
+
+
+def _least(value: Any, limit: Any) -> Any:
+    return value if limit is None else limit if value is None else min(value, limit)
 
 
 def typed(cls: type[C], values: Mapping[str, Any], what: str) -> C:
