@@ -74,6 +74,12 @@ def _train(config: TrainConfig) -> None:
 
 
 def _eval(config: EvalConfig) -> None:
+    if config.lm_eval is not None:
+        from flylora.evaluation import evaluate_with_harness
+        from flylora.evaluation.show import show_harness
+
+        show_harness(evaluate_with_harness(config))
+        return
     from flylora.evaluation import evaluate
     from flylora.show import show_evaluation
 

@@ -7,15 +7,23 @@ from typing import TYPE_CHECKING
 from flylora.evaluation.config import EvalConfig
 
 if TYPE_CHECKING:
+    from flylora.evaluation.harness import HarnessRecord
     from flylora.evaluation.record import EvalRecord
     from flylora.models import LoadedModel
 
-__all__ = ["EvalConfig", "evaluate"]
+__all__ = ["EvalConfig", "evaluate", "evaluate_with_harness"]
 
 
 def evaluate(config: EvalConfig, loaded: LoadedModel | None = None) -> EvalRecord:
     """Evaluates a model on a task; see ``flylora.evaluation.run.run``."""
     # torch is imported only now, so that reading a config or asking for help stays quick.
     from flylora.evaluation.run import run
+
+    return run(config, loaded)
+
+
+def evaluate_with_harness(config: EvalConfig, loaded: LoadedModel | None = None) -> HarnessRecord:
+    """Evaluates a model on tasks of lm-evaluation-harness; see ``flylora.evaluation.harness``."""
+    from flylora.evaluation.harness import evaluate_with_harness as run
 
     return run(config, loaded)

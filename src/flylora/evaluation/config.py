@@ -23,7 +23,7 @@ class EvalConfig:
         out: JSON file for the result; only shown if left out.
         data_dir: Folder of the task's data files; the hub, or the YAML file's own folder, if left out.
         split: Which part of the task's data: train, validation or test.
-        limit: Evaluate this many items, drawn at random; all if left out.
+        limit: Evaluate this many items, drawn at random (by lm-evaluation-harness: the first); all if left out.
         batch_size: Items (for multiple choice: answers) per forward pass.
         max_new_tokens: Longest generation in tokens; the task's own if left out.
         samples: Programs to draw for each item, for tasks whose answers are programs.

@@ -100,7 +100,7 @@ def run(config: EvalConfig, loaded: LoadedModel | None = None) -> EvalRecord:
     """
     out = None if config.out is None else Path(config.out)
     if out is not None:
-        _check_out(out, config.overwrite)
+        check_out(out, config.overwrite)
     if config.task is None:
         raise UserError("No task is given: name one, or call flylora.evaluation.evaluate_with_harness.")
     task = load_task(config.task, config.data_dir)
@@ -137,7 +137,8 @@ def _check_kind(task: Task, config: EvalConfig) -> None:
         )
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raises a ``UserError`` where a result cannot go, or may not."""
     if out.is_dir():
         raise UserError(
             f"{out} is a folder, but the result is one JSON file: give a file name such as {out}/eval.json."
@@ -164,16 +165,10 @@ def _evaluate(
         chat_template=task.chat_template if config.chat_template is None else config.chat_template,
         context=int(getattr(loaded.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30),
     )
-    notes, active = [], None
     # An adapter that routes at random draws from torch's global generator.
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        if isinstance(model, PeftModel):
-            active = changes_logits(model, _probe(setting, examples))
-            notes += [] if active else [NO_OP]
-            notes += [OTHER_WEIGHTS] if trained_on_other_weights(Path(str(config.adapter)), loaded) else []
-        for note in notes:
-            logger.warning(note)
+        active, notes = about_adapter(model, config, loaded, _probe(setting, examples))
         scored = [_Scored(example) for example in examples]
         if task.kind == "choice":
             _answer_choices(setting, scored)
@@ -184,6 +179,23 @@ def _evaluate(
                 _answer_by_programs(setting, scored)
             _measure_loss(setting, scored)
     return _summary(config, task, loaded, origin, fingerprint, active, notes, scored, time.monotonic() - started)
+
+
+def about_adapter(
+    model: PreTrainedModel | PeftModel, config: EvalConfig, loaded: LoadedModel, probe: torch.Tensor
+) -> tuple[bool | None, list[str]]:
+    """Whether an adapter changes the logits of a probe batch, and what a reader must know of it, also as warnings.
+
+    ``None`` and nothing for the base model alone.
+    """
+    if not isinstance(model, PeftModel):
+        return None, []
+    active = changes_logits(model, probe)
+    notes = [] if active else [NO_OP]
+    notes += [OTHER_WEIGHTS] if trained_on_other_weights(Path(str(config.adapter)), loaded) else []
+    for note in notes:
+        logger.warning(note)
+    return active, notes
 
 
 def _probe(setting: _Setting, examples: Sequence[Example]) -> torch.Tensor:
