@@ -30,13 +30,18 @@ def show_training(record: TrainRecord) -> None:
         {
             "adapter": str(config["out"]),
             "base model": f"{config['model']} ({record.dtype})",
-            "trained parameters": f"{record.trainable_parameters:,}",
+            "trained parameters": _parameters(record),
             "items": f"{record.examples:,}" + (f" ({record.dropped:,} too long, left out)" if record.dropped else ""),
             "steps": f"{record.steps:,} in {record.seconds:,.0f} s",
             "loss per answer token": number(record.final_loss),
             **({} if record.validation_loss is None else {"validation loss": number(record.validation_loss)}),
         },
     )
+
+
+def _parameters(record: TrainRecord) -> str:
+    trained, active = record.trainable_parameters, record.active_parameters
+    return f"{trained:,}" if active in (None, trained) else f"{trained:,}, of which {active:,} act on a token"
 
 
 def show_evaluation(record: EvalRecord) -> None:

@@ -104,7 +104,11 @@ def test_a_run_trains_saves_and_evaluates_as_it_was(
     monkeypatch.setattr(RunFolder, "save_adapter", watched)
     record = train(config(name), loaded)
     assert (record.status, record.steps) == ("complete", 4)
-    assert record.trainable_parameters > 0
+    assert record.active_parameters is not None
+    routed = name in ("flylora", "splitlora", "lori")
+    assert 0 < record.active_parameters < record.trainable_parameters + (not routed)
+    assert record.paper_percent is not None
+    assert record.paper_percent > 0
     assert torch.equal(logits(loaded.model), before)  # whatever the method did to it
     assert (trained[0] - before).abs().max() > 1e-3
     with adapted(loaded, tmp_path / "run") as (model, _):

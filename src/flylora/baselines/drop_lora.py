@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import BaselineConfig, BaselineLinear, BaselineModel, check_share, new_down
 
@@ -36,6 +36,9 @@ class DropLoraLinear(BaselineLinear):
     """DropLoRA adapters: A (r, n) and B (m, r), both trained."""
 
     adapter_layer_names = ("droplora_A", "droplora_B")
+
+    droplora_A: nn.ParameterDict
+    droplora_B: nn.ParameterDict
 
     def new_tensors(self, config: DropLoraConfig) -> dict[str, Tensor]:
         return {

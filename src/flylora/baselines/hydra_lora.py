@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..tuner.config import check_positive_int
 from .base import BaselineConfig, BaselineLinear, BaselineModel, new_down
@@ -34,6 +34,10 @@ class HydraLoraLinear(BaselineLinear):
 
     adapter_layer_names = ("hydralora_A", "hydralora_B", "hydralora_router")
     mergeable = False
+
+    hydralora_A: nn.ParameterDict
+    hydralora_B: nn.ParameterDict
+    hydralora_router: nn.ParameterDict
 
     def new_tensors(self, config: HydraLoraConfig) -> dict[str, Tensor]:
         return {

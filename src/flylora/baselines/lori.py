@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Optional
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
@@ -49,6 +50,11 @@ class LoriLinear(BaselineLinear):
     buffer_names = ("lori_mask", "lori_steps")
     other_param_names = (*BaselineLinear.other_param_names, *buffer_names)
     stepped_name = "lori_B"
+
+    lori_A: nn.ParameterDict
+    lori_B: nn.ParameterDict
+    lori_mask: BufferDict
+    lori_steps: BufferDict
 
     def new_tensors(self, config: LoriConfig) -> dict[str, Tensor]:
         shape = (self.out_features, config.r)

@@ -41,6 +41,10 @@ class SoraLinear(BaselineLinear):
     adapter_layer_names = ("sora_A", "sora_B", "sora_gate")
     stepped_name = "sora_gate"
 
+    sora_A: nn.ParameterDict
+    sora_B: nn.ParameterDict
+    sora_gate: nn.ParameterDict
+
     def new_tensors(self, config: SoraConfig) -> dict[str, Tensor]:
         return {
             "sora_A": new_down(config.r, self.in_features),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..tuner.config import check_positive_int
@@ -55,6 +55,10 @@ class SplitLoraLinear(BaselineLinear):
 
     adapter_layer_names = ("splitlora_A", "splitlora_B", "splitlora_router")
     mergeable = False
+
+    splitlora_A: nn.ParameterDict
+    splitlora_B: nn.ParameterDict
+    splitlora_router: nn.ParameterDict
 
     def new_tensors(self, config: SplitLoraConfig) -> dict[str, Tensor]:
         return {

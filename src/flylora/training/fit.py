@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
+from flylora.baselines.counts import ParameterCount, count_adapter
 from flylora.data import CompletionCollator, EncodedSet, encode_all
 from flylora.errors import UserError
 from flylora.models import LoadedModel, first_line, load_model, take_off
@@ -63,9 +64,11 @@ def fit(config: TrainConfig, loaded: LoadedModel | None = None) -> TrainRecord:
     validation = _encoded(task, "validation", config.eval_limit, config, loaded) if config.eval_steps else None
     run = Run(_total_steps(config, len(train_set.items)), loaded.model)
     method = method_config(config.method, config.adapter, run)
+    base_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     with set_up(loaded.model, config.method, method, config.seed, config.lr, config.weight_decay) as setup:
         try:
-            record = _new_record(config, loaded, task, train_set, setup.model, earlier)
+            count = count_adapter(setup.model, base_parameters)
+            record = _new_record(config, loaded, task, train_set, count, earlier)
             return _run(config, folder, loaded, setup, train_set, validation, record)
         finally:
             _give_back(loaded, setup.model)
@@ -101,7 +104,7 @@ def _new_record(
     loaded: LoadedModel,
     task: Task,
     train_set: EncodedSet,
-    model: PeftModel,
+    count: ParameterCount,
     earlier: TrainRecord | None,
 ) -> TrainRecord:
     splits: tuple[Split, ...] = ("train", "validation") if config.eval_steps else ("train",)
@@ -123,7 +126,9 @@ def _new_record(
         dropped=train_set.dropped,
         dropped_ids=train_set.dropped_ids,
         learnt_tokens=train_set.trained_tokens,
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trainable_parameters=count.trained,
+        active_parameters=count.active,
+        paper_percent=round(count.paper_percent, 4),
         total_steps=_total_steps(config, len(train_set.items)),
         steps=0 if earlier is None else earlier.steps,
         seconds=0.0 if earlier is None else earlier.seconds,

@@ -66,7 +66,7 @@ class AdaLoraCallback(TrainerCallback):
     """Lets AdaLoRA measure importance and move its ranks, while the step's gradients are still there."""
 
     def __init__(self, model: PeftModel) -> None:
-        self.tuner = model.base_model
+        self.tuner: Any = model.base_model
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -22,6 +22,9 @@ class TrainRecord(Record):
         dropped_ids: Their ids.
         learnt_tokens: Tokens with a label, over all items, end-of-sequence tokens included.
         trainable_parameters: Of the adapter.
+        active_parameters: Those of them that act on one token.
+        paper_percent: These in percent of them and the base model's, counted as the paper does
+            (``flylora.baselines.counts``).
         steps: Optimizer steps done.
         total_steps: Optimizer steps planned.
         seconds: Time spent training, over all continuations, without loading.
@@ -39,6 +42,8 @@ class TrainRecord(Record):
     learnt_tokens: int
     trainable_parameters: int
     total_steps: int
+    active_parameters: int | None = None
+    paper_percent: float | None = None
     dropped_ids: list[str] = field(default_factory=list)
     steps: int = 0
     seconds: float = 0.0
