@@ -43,7 +43,10 @@ _REQUIRED: dict[Kind, tuple[str, ...]] = {
     "flylora": ("flylora_B", "flylora_d", "flylora_seed", "flylora_fingerprint"),
     "lora": ("lora_A.weight", "lora_B.weight"),
 }
-_OPTIONAL: dict[Kind, tuple[str, ...]] = {"flylora": ("flylora_A_values", "flylora_A_columns"), "lora": ()}
+_OPTIONAL: dict[Kind, tuple[str, ...]] = {
+    "flylora": ("flylora_A_values", "flylora_A_columns", "flylora_steps"),
+    "lora": (),
+}
 
 # Initialisations of PEFT's LoRA that change the base weights, so that B A alone is not the whole update.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")

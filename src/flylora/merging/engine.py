@@ -278,6 +278,7 @@ class _RoutedWorker(_Worker):
         config = copy.deepcopy(first)
         _set_common(config, self.layout, base_model)
         config.save_projection = self._stored
+        config.projection_training, config.projection_steps = "frozen", None  # a trained A is only stored
         config.remember_in_features(self.layout.known_in_features())
         if not (self._like_inputs or self._single):
             config.alpha, config.density, config.rank_pattern = None, None, {}
