@@ -59,7 +59,7 @@ def put(tmp_path: Path) -> Callable[..., None]:
             name=name,
             cell_kind=kind,
             labels={},
-            result=result or {"trainable_parameters": 1234},
+            result=result or {"trainable_parameters": 1234, "active_parameters": 400, "paper_percent": 0.126},
             seconds=1800.0,
             **fields,
         )
@@ -151,6 +151,7 @@ def test_retention_and_points_lost_of_merges(save: Save, put: Callable[..., None
         put(f"seed0/llama/fly/{task}/eval-{task}", evaluation([1.0, 1.0], [1.0, 1.0]))
         place = f"seed0/llama/fly/merge-average/eval-{task}-{task}"
         put(place, evaluation([merged, merged], [2 * score, 0.0]))
+    put("seed0/llama/fly/merge-average/merge", result={"routed": True})
     results = collected(study, tmp_path)
     spot = Spot("llama", "fly", "average", "vowels", "vowels")
     kept, lost = results.at(spot, "retention"), results.at(spot, "points_lost")
@@ -163,7 +164,7 @@ def test_retention_and_points_lost_of_merges(save: Save, put: Callable[..., None
     write_tables(study, tmp_path / "run")
     text = (tmp_path / "run/results.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| fly | average"))
-    assert [cell.strip() for cell in row.strip("| ").split("|")[2:4]] == ["1", "0.375"]
+    assert [cell.strip() for cell in row.strip("| ").split("|")[2:5]] == ["routed", "1", "0.375"]
 
 
 def test_a_mean_over_some_tasks_only_is_none(save: Save, put: Callable[..., None], tmp_path: Path) -> None:
@@ -236,4 +237,4 @@ def test_files_agree_and_tell_what_is_missing(save: Save, put: Callable[..., Non
     text = (tmp_path / "run/results.md").read_text()
     assert "6 of 30 cells are done, 1 failed; 3.0 hours" in text
     assert "- seed0/llama/lora/others/train: It was not its day." in text
-    assert "| fly | 1,234 | 2 | 1.333 ± 0.471 |" in text
+    assert "| fly | 1,234 | 400 | 0.13 | 2 | 1.333 ± 0.471 |" in text

@@ -49,6 +49,7 @@ from flylora.training.record import RECORD_NAME, TrainRecord
 logger = logging.getLogger(__name__)
 
 CELLS = "cells"
+_SECONDS_BETWEEN_TABLES = 60.0  # there is something to look at while a study runs
 _CONFIGS: dict[str, type[Any]] = {"train": TrainConfig, "eval": EvalConfig, "merge": MergeConfig}
 
 # Fields that say where things are, not what they are (their contents are compared instead), or what is allowed.
@@ -294,6 +295,8 @@ class _Work:
         return {
             "adapter_fingerprint": done.adapter_fingerprint,
             "trainable_parameters": done.trainable_parameters,
+            "active_parameters": done.active_parameters,
+            "paper_percent": done.paper_percent,
             "lr": asked.lr,
             "final_loss": done.final_loss,
             "validation_loss": done.validation_loss,
@@ -432,14 +435,14 @@ def run_study(options: StudyOptions, console: Console | None = None) -> StudyRes
     _check_folder(folder, study)
     write_text(folder / "study.json", json.dumps(dataclasses.asdict(study), indent=2) + "\n")
     records: list[CellRecord] = []
-    bench = Workbench()
+    bench, written = Workbench(), time.monotonic()
     cell = cells[0]
     try:
         for number, cell in enumerate(cells, start=1):
-            if records and cell.seed != cells[number - 2].seed:
-                write_tables(study, folder)  # there is something to look at while the next seed runs
-            record = _told(cell, f"{number}/{len(cells)}", folder, bench, options, console)
-            records.append(record)
+            records.append(_told(cell, f"{number}/{len(cells)}", folder, bench, options, console))
+            if time.monotonic() - written > _SECONDS_BETWEEN_TABLES:
+                write_tables(study, folder)
+                written = time.monotonic()
     except KeyboardInterrupt as stop:
         raise TrainingInterrupted(
             f"Stopped in {cell.name}, after {len(records)} of {len(cells)} cells; give the same command to go on."

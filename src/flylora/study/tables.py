@@ -26,6 +26,8 @@ from flylora.study.plan import Cell, plan
 from flylora.study.record import CELL_RECORD, EVAL_RECORD, CellRecord
 
 LOWER_IS_BETTER = frozenset({"loss", "points_lost"})
+_COUNTED = ("trainable_parameters", "active_parameters")
+_ORDER = ("loss", "retention", "points_lost", "accuracy")  # and pass@k
 _UNITS = {"loss": "nats per answer token", "retention": "share"}
 
 
@@ -86,7 +88,8 @@ class Results:
     figures: list[Figure] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
     rates: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
-    parameters: dict[tuple[str, str], int] = field(default_factory=dict)
+    parameters: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    routed: dict[tuple[str, str, str], bool] = field(default_factory=dict)
     failed: list[CellRecord] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -140,7 +143,11 @@ def collect(study: Study, folder: Path) -> Results:
         elif cell.kind == "choose":
             results.rates[cell.model or "", cell.method or ""] = record.result
         elif cell.kind == "train":
-            results.parameters[cell.model or "", cell.method or ""] = record.result["trainable_parameters"]
+            results.parameters[cell.model or "", cell.method or ""] = {
+                name: record.result.get(name) for name in ("trainable_parameters", "active_parameters", "paper_percent")
+            }
+        elif cell.kind == "merge":
+            results.routed[cell.model or "", cell.method or "", cell.merge or ""] = record.result["routed"]
     results.figures = [*_measured_figures(measured), *_merge_figures(measured)]
     results.figures = [dataclasses.replace(f, paper=_paper(study, f)) for f in results.figures]
     results.differences = list(_differences(study, results.figures, measured))
@@ -376,14 +383,15 @@ def _rates_table(results: Results, model: str) -> list[str]:
 
 
 def _columns(results: Results, model: str, merge: bool) -> list[tuple[str, str, str]]:
-    """Task, evaluation and metric of everything measured there, losses first."""
+    """Task, evaluation and metric of everything measured there, metric by metric."""
     found = dict.fromkeys(
         (f.spot.task, f.spot.evaluation, f.metric)
         for f in results.figures
         if f.spot.model == model and bool(f.spot.merge) == merge and f.spot.task
     )
     order = list(results.study.tasks)
-    return sorted(found, key=lambda column: (column[2] not in LOWER_IS_BETTER, order.index(column[0])))
+    ranks = {metric: rank for rank, metric in enumerate(_ORDER)}
+    return sorted(found, key=lambda column: (ranks.get(column[2], len(ranks)), order.index(column[0])))
 
 
 def _heading(study: Study, task: str, evaluation: str, metric: str) -> str:
@@ -406,23 +414,30 @@ def _singles_table(results: Results, model: str) -> list[str]:
             results.at(Spot(model, method, "", task, evaluation), metric) for task, evaluation, metric in columns
         ]
         if any(figures):
-            trained = results.parameters.get((model, method))
+            counts = results.parameters.get((model, method), {})
+            percent = counts.get("paper_percent")
             rows.append(
                 [
                     method or "base model",
-                    "–" if trained is None else f"{trained:,}",
+                    *("–" if counts.get(name) is None else f"{counts[name]:,}" for name in _COUNTED),
+                    "–" if percent is None else f"{percent:.2f}",
                     _counts(figures) if method else "–",
                     *map(shown, figures),
                 ]
             )
-    headings = ["method", "trained parameters", "n", *(_heading(results.study, *column) for column in columns)]
-    return [f"## {model}: one adapter for each task", "", *_table(headings, rows)]
+    headings = ["method", "trained parameters", "active ones", "Param%", "n"]
+    headings += [_heading(results.study, *column) for column in columns]
+    return [
+        f"## {model}: one adapter for each task",
+        "",
+        "Active parameters are those that act on one token; Param% is the paper's count of them, in per cent of all.",
+        "",
+        *_table(headings, rows),
+    ]
 
 
 def _merges_table(results: Results, model: str) -> list[str]:
-    columns = [
-        column for column in _columns(results, model, merge=True) if column[2] in ("loss", "retention", "points_lost")
-    ]
+    columns = _columns(results, model, merge=True)
     if not columns:
         return []
     rows = []
@@ -433,13 +448,23 @@ def _merges_table(results: Results, model: str) -> list[str]:
             ]
             if any(figures):
                 mean = results.at(Spot(model, method, merge), "retention")
-                rows.append([method, merge, _counts(figures), shown(mean), *map(shown, figures)])
-    headings = ["method", "merge", "n", "mean retention", *(_heading(results.study, *column) for column in columns)]
+                routed = results.routed.get((model, method, merge))
+                kind = "–" if routed is None else "routed" if routed else "LoRA"
+                rows.append([method, merge, kind, _counts(figures), shown(mean), *map(shown, figures)])
+    headings = [
+        "method",
+        "merge",
+        "result",
+        "n",
+        "mean retention",
+        *(_heading(results.study, *column) for column in columns),
+    ]
     return [
         f"## {model}: all tasks merged into one adapter",
         "",
         "Retention is (base loss − merged loss) / (base loss − single adapter's loss); points lost are the single "
-        "adapter's accuracy less the merged one's.",
+        "adapter's accuracy less the merged one's. A result that is a LoRA has no routing left: the updates of routed "
+        "adapters are replaced by their best linear part where a merge works on matrices.",
         "",
         *_table(headings, rows),
     ]
@@ -558,8 +583,8 @@ def as_json(results: Results) -> dict[str, Any]:
         "learning_rates": [
             {"model": model, "method": method, **found} for (model, method), found in results.rates.items()
         ],
-        "trained_parameters": [
-            {"model": model, "method": method, "count": count} for (model, method), count in results.parameters.items()
+        "parameters": [
+            {"model": model, "method": method, **counts} for (model, method), counts in results.parameters.items()
         ],
         "figures": [{**_plain(figure), "seeds": _by_seed(figure.values)} for figure in results.figures],
         "differences": [
