@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from baselines.small import adapted, array, assert_matches
+from baselines.small import adapted, array, assert_matches, layers, randomize, transformer
 from reference import baselines as reference
+from tiny_models import tokens
 
 
 def drawn_mask(seed: int) -> torch.Tensor:
@@ -45,3 +46,17 @@ def test_all_tokens_of_a_pass_lose_the_same_ranks_and_the_next_pass_others() -> 
     assert len(set(lost)) > 10
     share = np.mean(lost)
     assert 0.3 < share < 0.7
+
+
+def test_a_checkpointed_layer_is_recomputed_with_the_same_ranks() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = randomize(transformer("droplora"))
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(0)
+        model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
+        gradients.append([layer.droplora_B["default"].grad for layer in layers(model)])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
