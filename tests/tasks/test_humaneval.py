@@ -42,8 +42,9 @@ def test_a_function_is_gone_on_with(write: Write, name: str) -> None:
     first, second = task.examples("test")
     assert isinstance(first, CodeExample)
     assert (first.id, second.id) == ("HumanEval/0", "HumanEval/1")
-    assert first.prompt == first.given == ROW["prompt"]
-    assert (first.completion, first.entry_point, first.test) == ("    return sum(xs)", "total", ROW["test"])
+    assert first.given == ROW["prompt"]
+    assert first.prompt + first.completion == ROW["prompt"] + "    return sum(xs)"
+    assert (first.completion, first.entry_point, first.test) == ("\n    return sum(xs)", "total", ROW["test"])
     assert task.kind == "code"
     assert task.extract("    return sum(xs)\n\n\ndef other():\n    pass") == "    return sum(xs)"
 

@@ -32,7 +32,7 @@ PINNED = [
         "### Instruction:\nComplete the Python function below and write it out in full.\n\n"
         "### Input:\ndef f():\n\n### Response:\n",
     ),
-    ("code-v1", ("def f():\n",), {}, "def f():\n"),
+    ("code-v1", ("import re\ndef f():\n",), {}, "import re\ndef f():"),
 ]
 
 

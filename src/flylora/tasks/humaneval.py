@@ -93,11 +93,12 @@ def _example(row: Mapping[str, Any], where: str, paper: bool) -> CodeExample:
     solution = text_of(row, "canonical_solution", where)
     for text, what, needed in ((begun, "prompt", f"def {name}("), (test, "test", "def check(")):
         _check_python(text, what, needed, where)
+    prompt = function_instruction(begun) if paper else code(begun)
     written = f"{begun}{solution}".rstrip()
     return CodeExample(
         id=text_of(row, "task_id", where),
-        prompt=function_instruction(begun) if paper else code(begun),
-        completion=written if paper else solution.rstrip(),
+        prompt=prompt,
+        completion=written if paper else written.removeprefix(prompt),
         answer=solution.rstrip(),
         given=begun,
         entry_point=name,

@@ -40,8 +40,11 @@ def function_instruction(code: str) -> str:
 
 
 def code(text: str) -> str:
-    """``code-v1``: the beginning of a program as it is, to be gone on with."""
-    return text
+    """``code-v1``: the beginning of a program, to be gone on with.
+
+    Without the white space at its end: tokens that begin with a newline and the indentation are what models know.
+    """
+    return text.rstrip()
 
 
 def letter(number: int) -> str:
