@@ -87,7 +87,7 @@ def test_what_cannot_be_meant_is_refused(
 
 
 def test_files_that_are_no_studies_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="There is no study file"):
+    with pytest.raises(UserError, match=r"none.yaml: There is no such study file"):
         load_study(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("name: [\n")
     with pytest.raises(UserError, match="not valid YAML in line"):

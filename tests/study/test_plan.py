@@ -125,6 +125,13 @@ def test_a_plan_needs_no_model_and_loads_nothing_heavy(save: Save, content: dict
     assert not (path.parent / "run").exists()
 
 
+def test_a_plan_without_a_throughput_guesses_no_time(save: Save, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", str(save(merges={})), "--plan"]) == 0
+    shown = capsys.readouterr().out
+    assert "how long that takes is not known" in shown
+    assert "does not state its parameters and throughput" in shown
+
+
 def test_a_plan_says_what_is_done(save: Save, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", str(save()), "--plan", "--out", str(finished), "--seeds", "0", "1"]) == 0
     shown = capsys.readouterr().out

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from rich.console import Console
 
 from flylora.cli import main
@@ -288,6 +289,12 @@ def test_settings_are_the_same_when_their_results_are() -> None:
     assert same_settings(stored_config, {**stored_config, "task": "new/place.yaml", "seed": 0}, TrainConfig)
     assert not same_settings(stored_config, {**stored_config, "seed": 1}, TrainConfig)
     assert not same_settings(stored_config, {**stored_config, "lr": 0.2}, TrainConfig)
+
+
+def test_two_studies_cannot_run_in_one_folder(save: Save, finished: Path) -> None:
+    with FileLock(finished / ".lock"), pytest.raises(UserError, match="Another flylora study is at work"):
+        go(save())
+    assert not go(save()).failed
 
 
 def test_a_folder_of_something_else_is_left_alone(save: Save, finished: Path, tmp_path: Path) -> None:

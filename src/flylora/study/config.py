@@ -487,7 +487,7 @@ _Loader.add_implicit_resolver(
 def _content(path: Path, within: tuple[Path, ...]) -> dict[str, Any]:
     """The keys of a study file, on top of those of the file it extends."""
     if not path.is_file():
-        raise UserError(f"There is no study file {path}: give the path of a YAML file.")
+        raise UserError("There is no such study file: give the path of a YAML file.")
     if path.resolve() in within:
         raise UserError(f"{path} extends itself: remove that line.")
     try:

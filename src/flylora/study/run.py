@@ -12,13 +12,14 @@ import logging
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from flylora.errors import UserError
@@ -34,6 +35,7 @@ from flylora.records import (
     now,
     provenance,
     read_record,
+    saving,
     write_record,
     write_text,
 )
@@ -433,7 +435,14 @@ def run_study(options: StudyOptions, console: Console | None = None) -> StudyRes
     study, cells = planned(options)
     folder = run_folder(study, options)
     _check_folder(folder, study)
-    write_text(folder / "study.json", json.dumps(dataclasses.asdict(study), indent=2) + "\n")
+    with _alone_in(folder):
+        write_text(folder / "study.json", json.dumps(dataclasses.asdict(study), indent=2) + "\n")
+        return StudyResult(folder, _run_all(study, cells, folder, options, console))
+
+
+def _run_all(
+    study: Study, cells: Sequence[Cell], folder: Path, options: StudyOptions, console: Console
+) -> list[CellRecord]:
     records: list[CellRecord] = []
     bench, written = Workbench(), time.monotonic()
     cell = cells[0]
@@ -449,7 +458,25 @@ def run_study(options: StudyOptions, console: Console | None = None) -> StudyRes
         ) from stop
     finally:
         write_tables(study, folder)
-    return StudyResult(folder, records)
+    return records
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """While open, no other study can be run in the folder: two would write the same checkpoints."""
+    with saving(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"Another flylora study is at work in {folder}: wait for it, or choose another folder with --out."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _told(

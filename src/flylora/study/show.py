@@ -79,6 +79,8 @@ def _total(cells: list[Cell], left: list[Cell], sizes: dict[str, Size]) -> str:
     untimed = sum(seconds is None for seconds in times)
     text = f"{len(cells)} cells, {len(cells) - len(left)} done; {count(sum(known))} tokens left"
     text += f" and {unknown} cells of unknown size" if unknown else ""
+    if untimed == len(left) > 0:
+        return f"{text}; how long that takes is not known."
     return f"{text}; about {duration(time)}" + (f" without {untimed} cells of unknown length" if untimed else "") + "."
 
 
