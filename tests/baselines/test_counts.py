@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -102,6 +102,19 @@ def test_other_modules_that_train_are_counted_too() -> None:
     plain = count_parameters(FlyLoraConfig(target_modules=["q_proj"]), meta_llama())
     head = count_parameters(FlyLoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), meta_llama())
     assert (head.trained - plain.trained, head.active - plain.active) == (32 * 64, 32 * 64)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [LoraConfig(r=4, use_dora=True), AdaLoraConfig(init_r=4, total_step=10), VeraConfig(r=4)],
+    ids=lambda method: type(method).__name__,
+)
+def test_a_method_of_pefts_is_counted_as_peft_prints_it(method: PeftConfig) -> None:
+    method.target_modules = {"q_proj", "v_proj"}
+    found = count_parameters(method, meta_llama())
+    trained, total = get_peft_model(llama(), method).get_nb_trainable_parameters()
+    assert found.trained == found.active == found.paper_active == trained
+    assert total >= found.base + trained
 
 
 def test_dense_lori_is_all_of_b() -> None:

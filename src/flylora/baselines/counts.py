@@ -79,7 +79,12 @@ def count_adapter(model: nn.Module, base: int, adapter: str = "default") -> Para
         model: with the adapter, which is to be trainable.
         base: parameters of the base model.
     """
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        # AdaLoRA's number of ranks is a constant, which PEFT's move to another device than the CPU leaves trainable.
+        if parameter.requires_grad and ".ranknum." not in name
+    )
     # A method that selects nothing lets all its parameters act; ours are taken out and counted by themselves.
     active: float = trained
     paper: float = trained
