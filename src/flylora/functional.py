@@ -24,8 +24,10 @@ Forward (Eq. 7, 8, 10, 11):  out = W x + s * sum_{i in I} b_i y_i,  I = the k la
 from __future__ import annotations
 
 import hashlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -148,9 +150,21 @@ def project(x: Tensor, projection: Tensor) -> Tensor:
     Returns:
         (N, r), float32, or float64 for a float64 input.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(device_type=x.device.type, enabled=False):
-        return x.to(dtype) @ projection.to(dtype).t()
+    dtype = x.dtype if x.dtype == projection.dtype else torch.promote_types(x.dtype, torch.float32)
+    with _without_autocast(x.device.type):
+        return F.linear(_as(x, dtype), _as(projection, dtype))
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; a look at it is quicker than a call of ``to`` that does nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off inside the block. Entering torch's own context takes longer than a small layer's products."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type=device_type, enabled=False)
+    return nullcontext()
 
 
 def _hash_noise(y: Tensor, seed: int) -> Tensor:
@@ -184,11 +198,11 @@ def scores(y: Tensor, routing_bias: Tensor, selection: Selection, noise_seed: in
         (N, r), in the dtype of y.
     """
     if selection == "magnitude":
-        return y.abs() + routing_bias.to(y.dtype)
+        return y.abs() + _as(routing_bias, y.dtype)
     if selection == "signed":
-        return y + routing_bias.to(y.dtype)
+        return y + _as(routing_bias, y.dtype)
     if selection == "biased_magnitude":
-        return (y + routing_bias.to(y.dtype)).abs()
+        return (y + _as(routing_bias, y.dtype)).abs()
     if selection == "random":
         return _hash_noise(y, noise_seed)
     raise ValueError(f"selection '{selection}' has no scores")
@@ -204,11 +218,13 @@ def select(y: Tensor, routing_bias: Tensor, blocks: tuple[Block, ...]) -> Tensor
         (N, sum of k) int64 indices into the rank axis; unordered within a block.
     """
     first = blocks[0]
+    if len(blocks) == 1 and not first.is_linear:
+        return _largest(scores(y, routing_bias, first.selection, first.noise_seed), first.k)
     stackable = first.selection != "random" and not first.is_linear  # noise depends on a rank's place in its block
     if len(blocks) > 1 and stackable and all(block == first for block in blocks):
         shape = (y.shape[0], len(blocks), first.r)
         score = scores(y, routing_bias, first.selection, first.noise_seed).view(shape)
-        chosen = score.topk(first.k, dim=-1, sorted=False).indices
+        chosen = _largest(score, first.k)
         offsets = torch.arange(len(blocks), device=y.device).mul(first.r).view(1, -1, 1)
         return (chosen + offsets).flatten(1)
     parts, start = [], 0
@@ -218,11 +234,35 @@ def select(y: Tensor, routing_bias: Tensor, blocks: tuple[Block, ...]) -> Tensor
             part = torch.arange(start, stop, device=y.device).expand(y.shape[0], block.r)
         else:
             score = scores(y[:, start:stop], routing_bias[start:stop], block.selection, block.noise_seed)
-            part = score.topk(block.k, dim=1, sorted=False).indices
+            part = _largest(score, block.k)
             part = part + start if start else part
         parts.append(part)
         start = stop
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+# Below so many scores torch.topk is as fast as the way round it.
+_WORTH_SORTING = 2048
+
+
+def _largest(score: Tensor, k: int) -> Tensor:
+    """Indices (..., k), int64, of the k largest along the last axis, in no order; k < r.
+
+    On the CPU torch.topk takes longer than any product of the layer. There NumPy, which sorts short rows with vector
+    instructions, finds the k-th largest score instead, and the indices are those of the scores not below it; rows where
+    more than k are not (equal scores), and scores that are not finite, are left to torch.topk.
+    """
+    on_cpu = score.device.type == "cpu" and score.dtype == torch.float32
+    if not on_cpu or score.numel() < _WORTH_SORTING or torch.compiler.is_compiling():
+        return score.topk(k, dim=-1, sorted=False).indices
+    r = score.shape[-1]
+    rows = score.detach().contiguous().view(-1, r)
+    ascending = np.sort(rows.numpy(), axis=1)
+    kept = rows >= torch.from_numpy(ascending[:, r - k, None])
+    places = np.flatnonzero(kept.numpy())
+    if len(places) != len(rows) * k or not np.isfinite(ascending[:, -1]).all():
+        return score.topk(k, dim=-1, sorted=False).indices
+    return torch.from_numpy(places).view(*score.shape[:-1], k).remainder_(r)
 
 
 def routed_codes(y: Tensor, indices: Tensor) -> Tensor:
@@ -258,27 +298,8 @@ class _RoutedLinear(torch.autograd.Function):
         blocks: tuple[Block, ...],
         scaling: float,
     ) -> Tensor:
-        tokens = x.reshape(-1, x.shape[-1])
-        y = project(tokens, projection)
-        linear = all(block.is_linear for block in blocks)
-        if linear:
-            indices, kept, z = None, y, y
-        else:
-            chosen = select(y, routing_bias, blocks)
-            kept = y.gather(1, chosen)
-            z = torch.zeros_like(y).scatter_(1, chosen, kept)
-            indices = chosen.to(_index_dtype(y.shape[1]))
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            if base_out is None:
-                assert weight is not None
-                # On x as it came: a strided x flattened first gives other last bits than the layer itself would.
-                out = F.linear(x, weight, bias).contiguous()
-                scaled = (up * scaling).to(out.dtype)
-                out.view(-1, out.shape[-1]).addmm_(z.to(out.dtype), scaled.t())
-            else:
-                base = base_out.reshape(-1, base_out.shape[-1])
-                scaled = (up * scaling).to(base.dtype)
-                out = torch.addmm(base, z.to(base.dtype), scaled.t()).view(base_out.shape)
+        out, chosen, kept = _routed_forward(x, base_out, weight, bias, projection, up, routing_bias, blocks, scaling)
+        indices = None if chosen is None else chosen.to(_index_dtype(projection.shape[0]))
         ctx.save_for_backward(indices, kept, projection, up, weight)
         # Not among the saved tensors: backward adds to the load in place, which autograd would take for a mistake as
         # soon as two forwards precede their backwards; and a checkpointed layer must count by its own forward's mask.
@@ -294,25 +315,59 @@ class _RoutedLinear(torch.autograd.Function):
         grad = grad_out.reshape(-1, grad_out.shape[-1])
         need_x, need_up = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         chosen = None if indices is None else indices.long()
-        shape = (grad.shape[0], projection.shape[0])
         grad_x = grad_up = None
-        with torch.autocast(device_type=grad.device.type, enabled=False):
+        with _without_autocast(grad.device.type):
             if need_x:
-                grad_z = grad @ (up * ctx.scaling).to(grad.dtype)
+                grad_z = grad @ _as(up, grad.dtype)
                 if chosen is not None:
                     grad_z = torch.zeros_like(grad_z).scatter_(1, chosen, grad_z.gather(1, chosen))
-                down = projection.to(grad.dtype)
-                grad_x = grad_z @ down if weight is None else (grad @ weight.to(grad.dtype)).addmm_(grad_z, down)
-                grad_x = grad_x.to(ctx.in_dtype).view(ctx.in_shape)
+                down = _as(projection, grad.dtype)
+                if weight is None:
+                    grad_x = (grad_z * ctx.scaling) @ down
+                else:
+                    grad_x = (grad @ _as(weight, grad.dtype)).addmm_(grad_z, down, alpha=ctx.scaling)
+                grad_x = _as(grad_x, ctx.in_dtype).view(ctx.in_shape)
             if need_up:
-                z = kept.to(grad.dtype)
+                z = _as(kept, grad.dtype)
                 if chosen is not None:
-                    z = torch.zeros(shape, dtype=grad.dtype, device=grad.device).scatter_(1, chosen, z)
-                grad_up = (grad.t() @ z).to(up.dtype).mul_(ctx.scaling)
+                    z = z.new_zeros(z.shape[0], projection.shape[0]).scatter_(1, chosen, z)
+                # Not as g^T z, which takes twice as long on the CPU.
+                grad_up = _as((z.t() @ grad).t(), up.dtype).mul_(ctx.scaling)
                 if ctx.load is not None and chosen is not None:  # only here: a frozen adapter is not balanced
                     add_expert_load(ctx.load, chosen, ctx.token_mask)
         grad_base = grad_out if ctx.needs_input_grad[1] else None
         return grad_x, grad_base, None, None, None, grad_up, None, None, None, None, None
+
+
+def _routed_forward(
+    x: Tensor,
+    base_out: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    projection: Tensor,
+    up: Tensor,
+    routing_bias: Tensor,
+    blocks: tuple[Block, ...],
+    scaling: float,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The output (..., m), the selected ranks (N, k) int64 (None: all of them) and their codes (N, k)."""
+    y = project(x.reshape(-1, x.shape[-1]), projection)
+    if all(block.is_linear for block in blocks):
+        chosen, kept, z = None, y, y
+    else:
+        chosen = select(y, routing_bias, blocks)
+        kept = y.gather(1, chosen)
+        z = torch.zeros_like(y).scatter_(1, chosen, kept)
+    with _without_autocast(x.device.type):
+        if base_out is None:
+            assert weight is not None
+            # On x as it came: a strided x flattened first gives other last bits than the layer itself would.
+            out = F.linear(x, weight, bias).contiguous()
+            out.view(-1, out.shape[-1]).addmm_(_as(z, out.dtype), _as(up, out.dtype).t(), alpha=scaling)
+        else:
+            base = base_out.reshape(-1, base_out.shape[-1])
+            out = torch.addmm(base, _as(z, base.dtype), _as(up, base.dtype).t(), alpha=scaling).view(base_out.shape)
+    return out, chosen, kept
 
 
 def routed_update(
@@ -338,7 +393,7 @@ def routed_update(
     Returns:
         (..., m), in the dtype of ``base_out``. Gradients: to base_out, x and B, all exact.
     """
-    return _RoutedLinear.apply(x, base_out, None, None, projection, up, routing_bias, load, token_mask, blocks, scaling)
+    return _routed(x, base_out, None, None, projection, up, routing_bias, load, token_mask, blocks, scaling)
 
 
 def routed_linear(
@@ -357,7 +412,27 @@ def routed_linear(
 
     ``weight`` (m, n) and ``bias`` (m,) receive no gradient, whatever their ``requires_grad``.
     """
-    return _RoutedLinear.apply(x, None, weight, bias, projection, up, routing_bias, load, token_mask, blocks, scaling)
+    return _routed(x, None, weight, bias, projection, up, routing_bias, load, token_mask, blocks, scaling)
+
+
+def _routed(
+    x: Tensor,
+    base_out: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    projection: Tensor,
+    up: Tensor,
+    routing_bias: Tensor,
+    load: Tensor | None,
+    token_mask: Tensor | None,
+    blocks: tuple[Block, ...],
+    scaling: float,
+) -> Tensor:
+    if torch.is_grad_enabled():
+        return _RoutedLinear.apply(
+            x, base_out, weight, bias, projection, up, routing_bias, load, token_mask, blocks, scaling
+        )
+    return _routed_forward(x, base_out, weight, bias, projection, up, routing_bias, blocks, scaling)[0]
 
 
 # --- load balancing ------------------------------------------------------------------------------------------

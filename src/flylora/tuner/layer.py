@@ -15,7 +15,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import balance, functional
+from .. import balance, functional, native
 from ..errors import UserError
 from ..functional import Block, SparseProjection
 from . import ablations
@@ -145,6 +145,7 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         self.routing: dict[str, tuple[Block, ...]] = {}
         self.block_configs: dict[str, tuple[BlockConfig, ...]] = {}
         self.projection_state: dict[str, ProjectionState] = {}
+        self._known_bias: dict[str, tuple[Tensor, int, torch.dtype, Tensor]] = {}
         self.scaling: dict[str, float] = {}
         self.base_scaling: dict[str, float] = {}
         self._disable_adapters = False
@@ -340,8 +341,19 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
 
     def routing_bias(self, adapter_name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """d = u x count, (r,), in the units of the scores."""
-        dtype = torch.promote_types(dtype, torch.float32)
-        steps = self.flylora_d[adapter_name].to(dtype)
+        steps = self.flylora_d[adapter_name]
+        if torch.compiler.is_compiling() or steps.is_inference():
+            return self._routing_bias(adapter_name, dtype)
+        # It changes once an optimizer step and is asked for by every forward: remembered by its tensor's version.
+        known = self._known_bias.get(adapter_name)
+        if known is None or known[0] is not steps or known[1:3] != (steps._version, dtype):
+            with torch.inference_mode(False):
+                known = (steps, steps._version, dtype, self._routing_bias(adapter_name, dtype))
+                self._known_bias[adapter_name] = known
+        return known[3]
+
+    def _routing_bias(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
+        steps = self.flylora_d[adapter_name].to(torch.promote_types(dtype, torch.float32))
         rates = [block.balance_rate for block in self.block_configs[adapter_name]]
         if len(set(rates)) == 1:
             return steps * rates[0]
@@ -391,7 +403,9 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
             return functional.routed_update(base_out, dropped, **shared)
         base: Any = self.base_layer
         weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
-        return functional.routed_linear(dropped, weight, base.bias, **shared)
+        fast = native.usable(x, shared["up"], shared["projection"], shared["routing_bias"], shared["blocks"])
+        compute = native.routed_linear if fast else functional.routed_linear
+        return compute(dropped, weight, base.bias, **shared)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """out = W x + the active adapters' updates; x is (..., n), the result (..., m)."""

@@ -1,0 +1,1 @@
+"""What flylora costs: run `python -m benchmarks NAME --help`."""

@@ -1,0 +1,29 @@
+"""python -m benchmarks NAME [options]: one entry point to everything that is measured."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+NAMES = {
+    "step_cost": "seconds of a training step and the adapter's overhead, beside PEFT LoRA",
+    "memory": "bytes kept for backward, peak memory, adapter file and optimizer state, beside PEFT LoRA",
+    "decode": "tokens per second, one token a step, single, merged and mixed adapters, beside PEFT LoRA",
+    "load": "loading an adapter of Llama-3.1-8B's shapes, and start-up times",
+    "merge": "merging four adapters of Llama-3.1-8B's shapes",
+    "retention": "what merging keeps on a real model",
+    "defaults": "how the default learning rate and balance rate were found",
+    "export_gap": "what an export keeps",
+}
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
+        print(__doc__)
+        print("\n".join(f"  {name:12s} {text}" for name, text in NAMES.items()))
+        raise SystemExit(0 if sys.argv[1:2] in ([], ["--help"], ["-h"]) else 2)
+    name = sys.argv.pop(1)
+    importlib.import_module(f"benchmarks.{name}").main()
+
+
+main()

@@ -1,0 +1,158 @@
+"""Shared by the benchmarks: models to compare, interleaved timing, ratios with their spread, records."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import nn
+
+from flylora import FlyLoraConfig
+from flylora.models import load_model
+from flylora.records import now, provenance
+
+RESAMPLES = 2000
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    return {
+        "finished": now(),
+        "versions": provenance(seeds={}, data_sha256={}, model_sha256="").versions,
+        "processor": platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def shortened(model: nn.Module, layers: int | None) -> nn.Module:
+    """The first decoder layers of a model in place of all."""
+    if layers is not None:
+        inner: Any = model.get_submodule("model")
+        inner.layers = inner.layers[:layers]
+        model.config.num_hidden_layers = layers  # type: ignore[union-attr]
+    return model
+
+
+def base_model(name: str, dtype: str, device: str, layers: int | None = None) -> tuple[nn.Module, Any]:
+    """A frozen model and its tokenizer."""
+    loaded = load_model(name, dtype, device)  # type: ignore[arg-type]
+    model = shortened(loaded.model, layers)
+    model.requires_grad_(False)
+    return model, loaded.tokenizer
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of a model's modules that shares all its tensors, so that any number of variants fits in memory."""
+    shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, shared)
+
+
+def adapter_config(words: str) -> PeftConfig | None:
+    """``base``, ``lora:R``, ``flylora:R:K`` or ``flylora:R:K:BLOCKS``."""
+    kind, *numbers = words.split(":")
+    values = [int(number) for number in numbers]
+    if kind == "base" and not values:
+        return None
+    if kind == "lora" and len(values) == 1:
+        return LoraConfig(r=values[0], lora_alpha=2 * values[0], target_modules="all-linear", task_type="CAUSAL_LM")
+    if kind == "flylora" and len(values) in (2, 3):
+        r, k = values[:2]
+        config = FlyLoraConfig(r=r, k=k, target_modules="all-linear", task_type="CAUSAL_LM")
+        if len(values) == 3:
+            block = {"r": r, "k": k, "density": k / r}
+            config = FlyLoraConfig(
+                blocks=[{**block, "projection_seed": seed} for seed in range(values[2])],
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            )
+        return config
+    raise SystemExit(f"Unknown variant {words}: give base, lora:R, flylora:R:K or flylora:R:K:BLOCKS.")
+
+
+def variant(model: nn.Module, words: str, adapter_names: Sequence[str] = ("default",)) -> nn.Module:
+    """A twin of the model with adapters on it, their up-projections filled at random."""
+    config = adapter_config(words)
+    made = twin(model)
+    if config is None:
+        return made
+    wrapped = get_peft_model(made, config, adapter_name=adapter_names[0])  # type: ignore[arg-type]
+    for name in adapter_names[1:]:
+        wrapped.add_adapter(name, adapter_config(words))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_B." in name or ".flylora_B." in name:
+            parameter.data.copy_(0.01 * torch.randn(parameter.shape, generator=generator))
+    return wrapped
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]], repetitions: int, device: str, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each function in turn, A B C A B C ..., so that what slows the machine slows them all."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for repetition in range(warm_up + repetitions):
+        for name, function in functions.items():
+            synchronize(device)
+            started = time.perf_counter()
+            function()
+            synchronize(device)
+            if repetition >= warm_up:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def ratio(
+    above: Sequence[float], below: Sequence[float], base: Sequence[float] | None = None
+) -> tuple[float, float, float]:
+    """median(above - base) / median(below - base), and its 95% interval by resampling the repetitions together.
+
+    Args:
+        above, below: seconds of the same repetitions. base: what both contain and is taken off; None for nothing.
+    """
+    over, under = np.asarray(above), np.asarray(below)
+    off = np.zeros_like(over) if base is None else np.asarray(base)
+    over, under = over - off, under - off
+    generator = np.random.default_rng(0)
+    picks = generator.integers(len(over), size=(RESAMPLES, len(over)))
+    drawn = np.median(over[picks], axis=1) / np.median(under[picks], axis=1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(np.median(over) / np.median(under)), float(low), float(high)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return {"median": statistics.median(values), "quartile_1": low, "quartile_3": high, "repetitions": len(values)}
+
+
+def write(out: Path | None, result: Mapping[str, Any], markdown: str) -> None:
+    """A JSON record and its Markdown table, or the table alone on the screen."""
+    print(markdown)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+        out.with_suffix(".md").write_text(markdown)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines) + "\n"

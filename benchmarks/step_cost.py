@@ -1,0 +1,151 @@
+"""Seconds of a training step (forward and backward) and what the adapter adds to the frozen model's.
+
+    python -m benchmarks step_cost --model smollm2-135m --out benchmarks/records/performance/step_cost
+
+The overhead is step - frozen step of the same repetition; the frozen step has gradients to its inputs, as every adapted
+layer but the first needs them. --curve tokens, r or blocks repeats it over a range, on --layers decoder layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.measure import base_model, environment, interleaved, ratio, spread, table, variant, write
+
+CURVES: dict[str, list[int]] = {
+    "tokens": [128, 256, 512, 1024, 2048, 4096],
+    "r": [8, 16, 32, 64, 128],
+    "blocks": [1, 2, 4, 8, 16],
+}
+
+
+def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
+    """One forward and backward over all tokens."""
+    model.train()
+    inner: Any = model
+    embed = inner.get_input_embeddings()
+
+    def run() -> None:
+        embeds = embed(ids).detach().requires_grad_()
+        model(inputs_embeds=embeds, labels=ids, use_cache=False).loss.backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    return run
+
+
+def compare(
+    base: nn.Module, words: list[str], tokens: int, length: int, repetitions: int, device: str, compiled: bool
+) -> dict[str, Any]:
+    """Seconds of every variant, and overheads as ratios to each LoRA among them."""
+    vocabulary = base.get_submodule("model.embed_tokens").num_embeddings
+    length = min(length, tokens)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(int(vocabulary), (tokens // length, length), generator=generator).to(device)
+    models = {name: variant(base, name) for name in ["base", *words]}
+    if compiled:
+        models = {name: torch.compile(model, fullgraph=True) for name, model in models.items()}  # type: ignore[misc]
+    seconds = interleaved({name: step(model, ids) for name, model in models.items()}, repetitions, device)
+    result: dict[str, Any] = {"tokens": ids.numel(), "seconds": {n: spread(v) for n, v in seconds.items()}}
+    result["overhead_seconds"] = {
+        name: spread([a - b for a, b in zip(seconds[name], seconds["base"], strict=True)]) for name in words
+    }
+    result["overhead_ratio"] = {
+        name: {
+            other: ratio(seconds[name], seconds[other], seconds["base"]) for other in words if other.startswith("lora")
+        }
+        for name in words
+        if not name.startswith("lora")
+    }
+    result["all_seconds"] = seconds
+    return result
+
+
+def rows_of(result: dict[str, Any], label: str = "") -> list[list[str]]:
+    rows = []
+    for name, found in result["seconds"].items():
+        over = result["overhead_seconds"].get(name)
+        ratios = result["overhead_ratio"].get(name, {})
+        rows.append(
+            [
+                *([label] if label else []),
+                name,
+                f"{found['median']:.3f} ({found['quartile_1']:.3f} to {found['quartile_3']:.3f})",
+                "" if over is None else f"{over['median']:.3f}",
+                ", ".join(f"{middle:.2f} ({low:.2f} to {high:.2f}) {o}" for o, (middle, low, high) in ratios.items()),
+            ]
+        )
+    return rows
+
+
+HEAD = ["variant", "seconds a step (quartiles)", "overhead, seconds", "overhead as a ratio (95% interval) to"]
+
+
+def curve(name: str, options: argparse.Namespace, base: nn.Module) -> list[tuple[int, dict[str, Any]]]:
+    """The comparison at every point of a range."""
+    found = []
+    for value in CURVES[name]:
+        tokens, words = options.tokens, list(options.variants)
+        if name == "tokens":
+            tokens = value
+        elif name == "r":
+            words = [f"lora:{value}", f"flylora:{value}:{max(1, value // 4)}"]
+        else:
+            words = ["lora:8", f"lora:{32 * value}", f"flylora:32:8:{value}"]
+        repetitions = max(5, options.repetitions * 512 // max(512, tokens))
+        found.append(
+            (value, compare(base, words, tokens, options.length, repetitions, options.device, options.compile))
+        )
+        print(name, value, found[-1][1]["overhead_ratio"], flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--length", type=int, default=128, help="tokens of one item")
+    parser.add_argument("--layers", type=int, help="use only the first so many decoder layers")
+    parser.add_argument("--variants", nargs="+", default=["lora:8", "lora:32", "flylora:32:8"])
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True) every variant")
+    parser.add_argument("--curve", choices=list(CURVES))
+    parser.add_argument("--out", type=Path, help="JSON and Markdown, with .json and .md appended")
+    options = parser.parse_args()
+    model, _ = base_model(options.model, options.dtype, options.device, options.layers)
+    about = {
+        "model": options.model,
+        "layers": options.layers,
+        "dtype": options.dtype,
+        "compiled": options.compile,
+        **environment(options.device),
+    }
+    if options.curve is None:
+        found = compare(
+            model,
+            options.variants,
+            options.tokens,
+            options.length,
+            options.repetitions,
+            options.device,
+            options.compile,
+        )
+        result, text = {**about, **found}, table(HEAD, rows_of(found))
+    else:
+        points = curve(options.curve, options, model)
+        result = {**about, "curve": options.curve, "points": [{options.curve: v, **found} for v, found in points]}
+        text = table([options.curve, *HEAD], [row for v, found in points for row in rows_of(found, str(v))])
+    title = f"{options.model}, {options.dtype}, {options.layers or 'all'} layers, {about['threads']} threads"
+    write(options.out, result, f"{title}\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()

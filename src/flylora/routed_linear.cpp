@@ -1,0 +1,393 @@
+// The routed linear layer on CPUs: x W^T + bias + s z B^T and its gradients, in one operator with its own autograd node.
+//
+// Names as in flylora.functional: N tokens, n inputs, m outputs, R ranks in T blocks of r, of which k are selected in
+// each; A (R, n), B (m, R), d (R). Only the selected rows of A and columns of B are touched, which plain PyTorch
+// cannot do on a CPU without copies that cost more than they save.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <numeric>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Columns of B, or of A, that are worked on at once: those of 32 ranks fit in a first-level cache with room to spare,
+// and a row of them in a few vector registers.
+constexpr int64_t kLanes = 16, kVectors = 4, kColumns = kLanes * kVectors;
+// 16 floats, in whatever registers the processor has.
+typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
+constexpr int64_t kTokensPerThread = 16;
+
+struct Routing {
+  int64_t blocks, r, k;
+  bool magnitude;  // abs(y) + d; else y + d
+  int64_t ranks() const { return blocks * r; }
+  int64_t active() const { return blocks * k; }
+};
+
+// Runs a function on even shares of the tokens, with the share's number; at most one share a thread.
+int64_t share_count(int64_t tokens) {
+  return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), tokens / kTokensPerThread));
+}
+template <typename Function>
+void for_shares(int64_t tokens, const Function& function) {
+  const int64_t shares = share_count(tokens);
+  at::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
+    for (int64_t share = first; share < last; ++share)
+      function(share, share * tokens / shares, (share + 1) * tokens / shares);
+  });
+}
+
+// The k selected ranks of one token's block in ascending order: those with fewer than k larger scores. The counting has
+// no branch, so that the compiler makes vectors of it; for the usual r that beats any sort. Of equal scores the lower
+// ranks win, and there are always exactly k.
+void select(const float* __restrict y, const float* __restrict d, const Routing& routing, float* __restrict score,
+            int32_t* __restrict larger, int16_t* __restrict chosen, int64_t offset) {
+  const int64_t r = routing.r, k = routing.k;
+  if (routing.magnitude)
+    for (int64_t i = 0; i < r; ++i) score[i] = std::fabs(y[i]) + d[i];
+  else
+    for (int64_t i = 0; i < r; ++i) score[i] = y[i] + d[i];
+  for (int64_t i = 0; i < r; ++i) larger[i] = 0;
+  for (int64_t j = 0; j < r; ++j) {
+    const float s = score[j];
+    for (int64_t i = 0; i < r; ++i) larger[i] += s > score[i] ? 1 : 0;
+  }
+  int64_t found = 0;
+  for (int64_t i = 0; i < r; ++i) found += larger[i] < k ? 1 : 0;
+  if (found != k) {  // equal scores at the threshold, or scores that are not numbers
+    std::vector<int32_t> order(r);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return larger[a] < larger[b]; });
+    std::fill(larger, larger + r, static_cast<int32_t>(k));
+    for (int64_t i = 0; i < k; ++i) larger[order[i]] = 0;
+  }
+  // Without a branch, which would be guessed wrongly for every other rank; the place after the last is written in vain.
+  found = 0;
+  for (int64_t i = 0; i < r; ++i) {
+    chosen[found] = static_cast<int16_t>(offset + i);
+    found += larger[i] < k ? 1 : 0;
+  }
+}
+
+template <int distance, size_t... c>
+inline void exchange(Vector& a, Vector& b, std::index_sequence<c...>) {
+  const Vector x = a, y = b;
+  a = __builtin_shufflevector(x, y, (c & distance ? kLanes + c - distance : c)...);
+  b = __builtin_shufflevector(x, y, (c & distance ? kLanes + c : c + distance)...);
+}
+
+template <int distance>
+inline void exchange_all(Vector* row) {
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & distance)) exchange<distance>(row[i], row[i + distance], std::make_index_sequence<kLanes>{});
+}
+
+// to[j][q] = factor from[q][j] for 16 x 16 floats, in registers.
+inline void transpose_tile(const float* from, int64_t from_stride, float* to, int64_t to_stride, float factor) {
+  Vector row[kLanes];
+  for (int i = 0; i < kLanes; ++i) row[i] = *reinterpret_cast<const Vector*>(from + i * from_stride);
+  exchange_all<8>(row);
+  exchange_all<4>(row);
+  exchange_all<2>(row);
+  exchange_all<1>(row);
+  for (int i = 0; i < kLanes; ++i) *reinterpret_cast<Vector*>(to + i * to_stride) = factor * row[i];
+}
+
+// to (columns, rows) = factor from (rows, columns)^T.
+void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows, int64_t columns,
+               float factor) {
+  const int64_t whole_rows = rows / kLanes * kLanes, whole_columns = columns / kLanes * kLanes;
+  for (int64_t i = 0; i < whole_rows; i += kLanes)
+    for (int64_t j = 0; j < whole_columns; j += kLanes)
+      transpose_tile(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride, factor);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; ++j)
+      to[j * to_stride + i] = factor * from[i * from_stride + j];
+}
+
+// Columns [start, start + size) of B (m, R), as rows of kColumns: packed[j][q] = factor B[start + q][j].
+void pack_up(float* packed, const float* up, int64_t ranks, int64_t start, int64_t size, float factor) {
+  if (size < kColumns) std::fill(packed, packed + ranks * kColumns, 0.0f);
+  transpose(up + start * ranks, ranks, packed, kColumns, size, ranks, factor);
+}
+
+// The same of A (R, n).
+void pack_down(float* __restrict packed, const float* __restrict down, int64_t ranks, int64_t n, int64_t start,
+               int64_t size) {
+  for (int64_t j = 0; j < ranks; ++j)
+    for (int64_t q = 0; q < kColumns; ++q) packed[j * kColumns + q] = q < size ? down[j * n + start + q] : 0.0f;
+}
+
+// kColumns values of a row in float32, zero beyond its end.
+struct Piece {
+  Vector part[kVectors];
+};
+
+template <typename scalar>
+inline Piece load(const scalar* from, int64_t size) {
+  Piece piece;
+  if (std::is_same_v<scalar, float> && size == kColumns) {
+    for (int64_t v = 0; v < kVectors; ++v) piece.part[v] = reinterpret_cast<const Vector*>(from)[v];
+    return piece;
+  }
+  float values[kColumns] = {};
+  for (int64_t q = 0; q < size; ++q) values[q] = static_cast<float>(from[q]);
+  for (int64_t v = 0; v < kVectors; ++v) piece.part[v] = reinterpret_cast<const Vector*>(values)[v];
+  return piece;
+}
+
+template <typename scalar>
+inline void store(scalar* to, const Piece& piece, int64_t size) {
+  if (std::is_same_v<scalar, float> && size == kColumns) {
+    for (int64_t v = 0; v < kVectors; ++v) reinterpret_cast<Vector*>(to)[v] = piece.part[v];
+    return;
+  }
+  float values[kColumns];
+  for (int64_t v = 0; v < kVectors; ++v) reinterpret_cast<Vector*>(values)[v] = piece.part[v];
+  for (int64_t q = 0; q < size; ++q) to[q] = static_cast<scalar>(values[q]);
+}
+
+// to[q] += sum_a factor_a packed[index_a][q]
+template <typename scalar>
+inline void add_rows(scalar* to, const float* packed, const int16_t* index, const float* factor, int64_t count,
+                     int64_t size) {
+  const Piece before = load(to, size);
+  Vector s0 = before.part[0], s1 = before.part[1], s2 = before.part[2], s3 = before.part[3];
+  for (int64_t a = 0; a < count; ++a) {
+    const Vector* row = reinterpret_cast<const Vector*>(packed + index[a] * kColumns);
+    const float f = factor[a];
+    s0 += f * row[0];
+    s1 += f * row[1];
+    s2 += f * row[2];
+    s3 += f * row[3];
+  }
+  store(to, Piece{{s0, s1, s2, s3}}, size);
+}
+
+// Selects, stores the codes, and adds s z B^T to out (N, m) in place.
+template <typename scalar>
+void forward_tokens(const Tensor& y, const Tensor& d, const Tensor& up, Tensor& out, Tensor& values, Tensor& indices,
+                    float scaling, const Routing& routing) {
+  const int64_t tokens = out.size(0), m = out.size(1), ranks = routing.ranks(), active = routing.active();
+  const int64_t k = routing.k;
+  const float* y_data = y.const_data_ptr<float>();
+  const float* d_data = d.const_data_ptr<float>();
+  const float* up_data = up.const_data_ptr<float>();
+  scalar* out_data = out.mutable_data_ptr<scalar>();
+  float* value_data = values.mutable_data_ptr<float>();
+  int16_t* index_data = indices.mutable_data_ptr<int16_t>();
+  for_shares(tokens, [&](int64_t, int64_t begin, int64_t end) {
+    std::vector<float> score(routing.r), packed(ranks * kColumns);
+    std::vector<int32_t> larger(routing.r);
+    std::vector<int16_t> chosen(k + 1);
+    for (int64_t t = begin; t < end; ++t) {
+      int16_t* index = index_data + t * active;
+      for (int64_t b = 0; b < routing.blocks; ++b) {
+        select(y_data + t * ranks + b * routing.r, d_data + b * routing.r, routing, score.data(), larger.data(),
+               chosen.data(), b * routing.r);
+        std::copy(chosen.begin(), chosen.begin() + k, index + b * k);
+      }
+      for (int64_t a = 0; a < active; ++a) value_data[t * active + a] = y_data[t * ranks + index[a]];
+    }
+    for (int64_t start = 0; start < m; start += kColumns) {
+      const int64_t columns = std::min(kColumns, m - start);
+      pack_up(packed.data(), up_data, ranks, start, columns, scaling);
+      for (int64_t t = begin; t < end; ++t)
+        add_rows(out_data + t * m + start, packed.data(), index_data + t * active, value_data + t * active, active,
+                 columns);
+    }
+  });
+}
+
+// Adds the routed part to grad_x (N, n) in place, and gives s times the gradient of B, (m, R).
+template <typename scalar>
+Tensor backward_tokens(const Tensor& grad, const Tensor& values, const Tensor& indices, const Tensor& projection,
+                       const Tensor& up, Tensor& grad_x, bool need_x, bool need_up, float scaling,
+                       const Routing& routing) {
+  const int64_t tokens = grad.size(0), m = grad.size(1), n = projection.size(1);
+  const int64_t ranks = routing.ranks(), active = routing.active();
+  const int64_t shares = share_count(tokens), width = (m + kColumns - 1) / kColumns * kColumns;
+  const scalar* grad_data = grad.const_data_ptr<scalar>();
+  const float* value_data = values.const_data_ptr<float>();
+  const int16_t* index_data = indices.const_data_ptr<int16_t>();
+  const float* down_data = projection.const_data_ptr<float>();
+  const float* up_data = up.const_data_ptr<float>();
+  scalar* x_data = need_x ? grad_x.mutable_data_ptr<scalar>() : nullptr;
+  // Of each share, in pieces of kColumns: sum_t g_t z_t^T.
+  Tensor sums = need_up ? at::empty({shares, width, ranks}, values.options()) : Tensor();
+  float* sum_data = need_up ? sums.mutable_data_ptr<float>() : nullptr;
+  for_shares(tokens, [&](int64_t share, int64_t begin, int64_t end) {
+    std::vector<float> packed(ranks * kColumns);
+    // Kept as vectors until all columns are done: summing across one costs more than a row's products.
+    std::vector<float> dots(need_x ? (end - begin) * active * kLanes : 0), grad_z((end - begin) * active);
+    for (int64_t start = 0; start < m; start += kColumns) {
+      const int64_t columns = std::min(kColumns, m - start);
+      float* sum = need_up ? sum_data + (share * width + start) * ranks : nullptr;
+      if (need_x) pack_up(packed.data(), up_data, ranks, start, columns, scaling);
+      if (need_up) std::fill(sum, sum + ranks * kColumns, 0.0f);
+      for (int64_t t = begin; t < end; ++t) {
+        const int16_t* index = index_data + t * active;
+        const Piece g = load(grad_data + t * m + start, columns);
+        const Vector g0 = g.part[0], g1 = g.part[1], g2 = g.part[2], g3 = g.part[3];
+        if (need_x) {
+          Vector* dot = reinterpret_cast<Vector*>(dots.data() + (t - begin) * active * kLanes);
+          for (int64_t a = 0; a < active; ++a) {
+            const Vector* row = reinterpret_cast<const Vector*>(packed.data() + index[a] * kColumns);
+            dot[a] += (g0 * row[0] + g1 * row[1]) + (g2 * row[2] + g3 * row[3]);
+          }
+        }
+        if (need_up)
+          for (int64_t a = 0; a < active; ++a) {
+            Vector* row = reinterpret_cast<Vector*>(sum + index[a] * kColumns);
+            const float v = value_data[t * active + a];
+            row[0] += v * g0;
+            row[1] += v * g1;
+            row[2] += v * g2;
+            row[3] += v * g3;
+          }
+      }
+    }
+    for (size_t i = 0; need_x && i < grad_z.size(); ++i)
+      for (int64_t lane = 0; lane < kLanes; ++lane) grad_z[i] += dots[i * kLanes + lane];
+    for (int64_t start = 0; need_x && start < n; start += kColumns) {
+      const int64_t columns = std::min(kColumns, n - start);
+      pack_down(packed.data(), down_data, ranks, n, start, columns);
+      for (int64_t t = begin; t < end; ++t)
+        add_rows(x_data + t * n + start, packed.data(), index_data + t * active, grad_z.data() + (t - begin) * active,
+                 active, columns);
+    }
+  });
+  if (!need_up) return Tensor();
+  Tensor out = at::empty({m, ranks}, values.options());
+  float* out_data = out.mutable_data_ptr<float>();
+  at::parallel_for(0, width / kColumns, 4, [&](int64_t first, int64_t last) {
+    for (int64_t piece = first; piece < last; ++piece) {
+      const int64_t size = ranks * kColumns;
+      float* sum = sum_data + piece * size;
+      for (int64_t share = 1; share < shares; ++share)
+        for (int64_t i = 0; i < size; ++i) sum[i] += sum_data[share * width * ranks + piece * size + i];
+      transpose(sum, kColumns, out_data + piece * size, ranks, ranks, std::min(kColumns, m - piece * kColumns), scaling);
+    }
+  });
+  return out;
+}
+
+void count_load(Tensor& load, const Tensor& indices, const std::optional<Tensor>& mask) {
+  const int64_t tokens = indices.size(0), active = indices.size(1);
+  const int16_t* index = indices.const_data_ptr<int16_t>();
+  const bool* counted = mask ? mask->const_data_ptr<bool>() : nullptr;
+  int64_t* count = load.mutable_data_ptr<int64_t>();
+  for (int64_t t = 0; t < tokens; ++t)
+    if (!counted || counted[t])
+      for (int64_t a = 0; a < active; ++a) ++count[index[t * active + a]];
+}
+
+struct Output {
+  Tensor out, values, indices;
+};
+
+Output run_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& projection,
+                   const Tensor& up, const Tensor& routing_bias, const Routing& routing, double scaling) {
+  Tensor out = at::linear(x, weight, bias).contiguous();
+  Tensor flat = out.view({-1, out.size(-1)});
+  const Tensor tokens = x.reshape({-1, x.size(-1)}).to(at::kFloat);
+  const Tensor y = at::mm(tokens, projection.t());
+  const auto plain = y.options();
+  Tensor values = at::empty({y.size(0), routing.active()}, plain);
+  Tensor indices = at::empty({y.size(0), routing.active()}, plain.dtype(at::kShort));
+  const Tensor bias_of_scores = routing_bias.contiguous();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, flat.scalar_type(), "routed_linear", [&] {
+    if constexpr (!std::is_same_v<scalar_t, double>)
+      forward_tokens<scalar_t>(y, bias_of_scores, up, flat, values, indices, static_cast<float>(scaling), routing);
+  });
+  return {out, values, indices};
+}
+
+class RoutedLinear : public torch::autograd::Function<RoutedLinear> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                        const Tensor& projection, const Tensor& up, const Tensor& routing_bias,
+                        const std::optional<Tensor>& load, const std::optional<Tensor>& token_mask, int64_t blocks,
+                        int64_t k, bool magnitude, double scaling) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Routing routing{blocks, projection.size(0) / blocks, k, magnitude};
+    Output found = run_forward(x, weight, bias, projection, up, routing_bias, routing, scaling);
+    // Few ranks are kept as single bytes: the codes are all that is saved, never x.
+    const bool small = routing.ranks() <= 256;
+    ctx->save_for_backward(
+        {found.values, small ? found.indices.to(at::kByte) : found.indices, projection, up, weight});
+    ctx->saved_data["load"] = load;
+    ctx->saved_data["token_mask"] = token_mask;
+    ctx->saved_data["blocks"] = blocks;
+    ctx->saved_data["k"] = k;
+    ctx->saved_data["scaling"] = scaling;
+    ctx->saved_data["shape"] = x.sizes().vec();
+    ctx->saved_data["need_x"] = x.requires_grad();
+    ctx->saved_data["need_up"] = up.requires_grad();
+    return found.out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "trying to differentiate twice a function that was marked with @once_differentiable: FlyLoRA layers "
+                "have first derivatives only.");
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &values = saved[0], &projection = saved[2], &up = saved[3], &weight = saved[4];
+    const Tensor indices = saved[1].to(at::kShort);
+    const int64_t blocks = ctx->saved_data["blocks"].toInt();
+    const Routing routing{blocks, projection.size(0) / blocks, ctx->saved_data["k"].toInt(), true};
+    const float scaling = static_cast<float>(ctx->saved_data["scaling"].toDouble());
+    const bool need_x = ctx->saved_data["need_x"].toBool(), need_up = ctx->saved_data["need_up"].toBool();
+    variable_list out(12);
+    if (!grads[0].defined()) return out;
+    const Tensor grad = grads[0].reshape({-1, grads[0].size(-1)}).contiguous();
+    Tensor grad_x;
+    if (need_x) grad_x = at::mm(grad, weight.to(grad.scalar_type()));
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, grad.scalar_type(), "routed_linear_backward", [&] {
+      if constexpr (!std::is_same_v<scalar_t, double>)
+        out[4] = backward_tokens<scalar_t>(grad, values, indices, projection, up, grad_x, need_x, need_up, scaling,
+                                           routing);
+    });
+    if (need_x) out[0] = grad_x.view(ctx->saved_data["shape"].toIntVector());
+    const auto load = ctx->saved_data["load"].toOptional<Tensor>();
+    if (need_up && load) {
+      Tensor counts = *load;
+      count_load(counts, indices, ctx->saved_data["token_mask"].toOptional<Tensor>());
+    }
+    return out;
+  }
+};
+
+Tensor routed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& projection,
+                     const Tensor& up, const Tensor& routing_bias, const std::optional<Tensor>& load,
+                     const std::optional<Tensor>& token_mask, int64_t blocks, int64_t k, bool magnitude,
+                     double scaling) {
+  if (at::GradMode::is_enabled() && (x.requires_grad() || up.requires_grad()))
+    return RoutedLinear::apply(x, weight, bias, projection, up, routing_bias, load, token_mask, blocks, k, magnitude,
+                               scaling);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Routing routing{blocks, projection.size(0) / blocks, k, magnitude};
+  return run_forward(x, weight, bias, projection, up, routing_bias, routing, scaling).out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(flylora, library) {
+  library.def(
+      "routed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor projection, Tensor up, Tensor routing_bias, "
+      "Tensor? load, Tensor? token_mask, int blocks, int k, bool magnitude, float scaling) -> Tensor",
+      routed_linear);
+}
