@@ -33,8 +33,13 @@ setup: $(VENV)/.setup
 demo: $(VENV)/.setup
 	$(BIN)/python -m flylora.demo
 
+# The optional kernel, kept beside the packages; without a C++ compiler its tests are skipped.
+$(VENV)/.native: $(VENV)/.setup-dev src/flylora/routed_linear.cpp src/flylora/native.py
+	-XDG_CACHE_HOME=$(VENV)/cache $(BIN)/python -m flylora.native
+	@touch $@
+
 # One thread a process: the suite's matrices are tiny, and the two processes would compete for the cores.
-test: $(VENV)/.setup-dev
+test: $(VENV)/.setup-dev $(VENV)/.native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.setup-dev

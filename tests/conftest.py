@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported, so it stands before all else
 
@@ -15,6 +16,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from flylora import native
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -25,6 +28,39 @@ CHAT_TEMPLATE = (
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or fills the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def compiled_kernel() -> Path:
+    """The native kernel's file as `make test` compiles it, beside the packages of the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(Path(sys.prefix) / "cache"))
+        path = native.library_path()
+    if not path.exists():
+        pytest.skip("the native kernel is not compiled (make test does it where there is a C++ compiler)")
+    return path
+
+
+@pytest.fixture
+def native_kernel(compiled_kernel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The test runs with the native kernel."""
+    monkeypatch.setattr(native, "library_path", lambda: compiled_kernel)
+    native._loaded.cache_clear()
+    assert native.available()
+    yield
+    native._loaded.cache_clear()
+
+
+@pytest.fixture(params=["plain", "native"])
+def either_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs in plain PyTorch and once more with the native kernel."""
+    if request.param == "native":
+        request.getfixturevalue("native_kernel")
+        yield "native"
+    else:
+        native.disable()
+        yield "plain"
+        native.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

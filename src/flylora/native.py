@@ -95,7 +95,9 @@ def build(compiler: str | None = None) -> Path:
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        done = subprocess.run([compiler, *_FLAGS, str(SOURCE), *_torch_flags(), "-o", str(partial)], capture_output=True)
+        done = subprocess.run(
+            [compiler, *_FLAGS, str(SOURCE), *_torch_flags(), "-o", str(partial)], capture_output=True
+        )
         if done.returncode:
             lines = done.stderr.decode(errors="replace").splitlines()
             reason = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
@@ -177,7 +179,7 @@ def routed_linear(
         x,
         weight,
         bias,
-        projection,
+        projection.contiguous(),
         up.contiguous(),
         routing_bias,
         load,

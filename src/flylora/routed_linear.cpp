@@ -288,7 +288,8 @@ Tensor backward_tokens(const Tensor& grad, const Tensor& values, const Tensor& i
 void count_load(Tensor& load, const Tensor& indices, const std::optional<Tensor>& mask) {
   const int64_t tokens = indices.size(0), active = indices.size(1);
   const int16_t* index = indices.const_data_ptr<int16_t>();
-  const bool* counted = mask ? mask->const_data_ptr<bool>() : nullptr;
+  const Tensor real = mask ? mask->contiguous() : Tensor();
+  const bool* counted = mask ? real.const_data_ptr<bool>() : nullptr;
   int64_t* count = load.mutable_data_ptr<int64_t>();
   for (int64_t t = 0; t < tokens; ++t)
     if (!counted || counted[t])

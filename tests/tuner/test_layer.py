@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
-from flylora import FlyLoraLinear, UserError, functional
+from flylora import FlyLoraLinear, UserError, functional, native
 from flylora.tuner.layer import canonical_name
 from reference import flylora as reference
 from tiny_models import assert_same, config, layers, llama, mlp, randomize, seeded, snapshot, tokens
+
+pytestmark = pytest.mark.usefixtures("either_kernel")
 
 
 def adapted(base: nn.Module, **changes: Any) -> tuple[nn.Module, FlyLoraLinear]:
@@ -67,17 +69,18 @@ def path(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which of the two functions each adapter went through."""
     taken: list[str] = []
 
-    def watch(name: str) -> None:
-        original: Callable[..., Tensor] = getattr(functional, name)
+    def watch(module: Any, name: str) -> None:
+        original: Callable[..., Tensor] = getattr(module, name)
 
         def watched(*args: Any, **kwargs: Any) -> Tensor:
             taken.append(name)
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(functional, name, watched)
+        monkeypatch.setattr(module, name, watched)
 
-    watch("routed_linear")
-    watch("routed_update")
+    watch(functional, "routed_linear")
+    watch(native, "routed_linear")
+    watch(functional, "routed_update")
     return taken
 
 
@@ -377,6 +380,14 @@ def test_a_quarter_of_loras_activations_at_most_and_never_x(dtype: torch.dtype) 
     assert x.untyped_storage().data_ptr() not in storages
     assert 0 < size <= theirs / 4
     assert size <= 512 * 8 * (4 + 1)  # k codes and k small indices a token
+
+
+def test_dropout_keeps_one_bit_an_entry_and_never_x() -> None:
+    x = torch.randn(512, 576).requires_grad_()
+    ours = get_peft_model(nn.Sequential(nn.Linear(576, 576)), config(r=32, k=8, target_modules=["0"], dropout=0.1))
+    size, storages = saved_bytes(ours, x)
+    assert x.untyped_storage().data_ptr() not in storages
+    assert size <= 512 * 576 / 8 + 512 * 8 * (4 + 1)
 
 
 def test_a_is_outside_the_state_and_only_b_trains() -> None:

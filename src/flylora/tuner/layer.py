@@ -395,7 +395,9 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
     def _forward_one(self, adapter_name: str, x: Tensor, base_out: Tensor | None) -> Tensor:
         shared = self._update_arguments(adapter_name, x)
         dropout = self.flylora_dropout[adapter_name]
-        dropped: Tensor = x if isinstance(dropout, nn.Identity) else dropout(x)
+        dropped = x
+        if isinstance(dropout, nn.Dropout) and dropout.training:
+            dropped = functional.dropout(x, dropout.p)
         ablation = self.ablations.get(adapter_name)
         if ablation is not None:
             dropped, shared = ablations.altered(ablation, self, dropped, shared)
