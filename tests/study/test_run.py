@@ -83,6 +83,17 @@ def test_figures_are_those_of_the_commands(finished: Path) -> None:
     assert len(merged) == 4
 
 
+def test_records_of_cells_name_no_folder_of_this_machine(finished_run: Path) -> None:
+    cells = list(finished_run.glob("cells/**/cell.json"))
+    assert len(cells) == 16
+    for path in cells:
+        body = json.loads(path.read_text())
+        body["config"] = {
+            k: v for k, v in body["config"].items() if k not in ("model", "task")
+        }  # as they were asked for
+        assert str(finished_run.parent) not in json.dumps(body)
+
+
 def test_projections_are_independent_between_tasks_and_seeds_alone(save: Save) -> None:
     study = load_study(save(seeds=[0, 1]))
     seeds = {

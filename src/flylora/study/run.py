@@ -176,7 +176,7 @@ def run_cell(cell: Cell, folder: Path, bench: Workbench | None = None, *, retry_
     record = CellRecord(
         status="complete",
         provenance=dataclasses.replace(origin, started=started, finished=now()),
-        config=config,
+        config=_without_folders(config),
         name=cell.name,
         cell_kind=cell.kind,
         labels=cell.labels,
@@ -196,6 +196,11 @@ def stored(place: Path) -> CellRecord | None:
         return read_record(place / CELL_RECORD, CellRecord)
     except UserError:
         return None
+
+
+def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
+    """A config as it is recorded: readable on other machines."""
+    return {name: value for name, value in config.items() if name not in ("out", "data_dir", "adapters")}
 
 
 def _sentence(error: Exception) -> str:
@@ -264,7 +269,7 @@ class _Work:
             return False
         if not earlier.done:
             # A failure may be due to anything, so anything that is different now is a reason to try again.
-            return not retry_failed and earlier.config == json.loads(json.dumps(config))
+            return not retry_failed and earlier.config == json.loads(json.dumps(_without_folders(config)))
         if not same_settings(earlier.config, config, _CONFIGS.get(self.cell.kind)):
             return False
         if self.cell.kind in ("train", "merge"):
