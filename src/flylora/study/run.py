@@ -51,6 +51,7 @@ from flylora.training.record import RECORD_NAME, TrainRecord
 logger = logging.getLogger(__name__)
 
 CELLS = "cells"
+TRACEBACK = "traceback.txt"
 _SECONDS_BETWEEN_TABLES = 60.0  # there is something to look at while a study runs
 _CONFIGS: dict[str, type[Any]] = {"train": TrainConfig, "eval": EvalConfig, "merge": MergeConfig}
 
@@ -161,13 +162,15 @@ def run_cell(cell: Cell, folder: Path, bench: Workbench | None = None, *, retry_
         earlier = stored(place)
         if earlier is not None and work.settled(earlier, config, found, retry_failed):
             return earlier
-        (place / CELL_RECORD).unlink(missing_ok=True)
+        for name in (CELL_RECORD, TRACEBACK):
+            (place / name).unlink(missing_ok=True)
         result = work.run(dict(config))
     except Exception as problem:
-        bench.drop_model()  # what an error leaves on it is anybody's guess
+        if because_of is None:
+            bench.drop_model()  # what an error leaves on it is anybody's guess
         error = _sentence(problem)
         if not isinstance(problem, UserError):
-            write_text(place / "traceback.txt", traceback.format_exc())
+            write_text(place / TRACEBACK, traceback.format_exc())
     origin = provenance(
         seeds={} if cell.seed is None else {"seed": cell.seed},
         data_sha256={},
@@ -491,7 +494,7 @@ def _told(
     console.print(f"[{where}] {cell.name}", markup=False, highlight=False)
     record = run_cell(cell, folder, bench, retry_failed=options.retry_failed)
     if not record.done:
-        console.print(f"  failed: {record.error}", style="red", markup=False, highlight=False)
+        console.print(f"  failed: {record.error}", style="red", markup=False, highlight=False, soft_wrap=True)
     elif record == before:
         console.print("  done already", markup=False, highlight=False)
     return record
