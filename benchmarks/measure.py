@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
-from flylora import FlyLoraConfig
+from flylora import FlyLoraConfig, native
 from flylora.models import load_model
 from flylora.records import now, provenance
 
@@ -33,6 +33,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "native_kernel": native.available(),
         "load_average": round(os.getloadavg()[0], 2),
     }
 

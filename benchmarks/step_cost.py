@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks.measure import base_model, environment, interleaved, ratio, spread, table, variant, write
+from flylora import native
 
 CURVES: dict[str, list[int]] = {
     "tokens": [128, 256, 512, 1024, 2048, 4096],
@@ -119,7 +120,10 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True) every variant")
     parser.add_argument("--curve", choices=list(CURVES))
     parser.add_argument("--out", type=Path, help="JSON and Markdown, with .json and .md appended")
+    parser.add_argument("--plain", action="store_true", help="without the native kernel, where it is compiled")
     options = parser.parse_args()
+    if options.plain:
+        native.disable()
     model, _ = base_model(options.model, options.dtype, options.device, options.layers)
     about = {
         "model": options.model,
@@ -143,7 +147,11 @@ def main() -> None:
         points = curve(options.curve, options, model)
         result = {**about, "curve": options.curve, "points": [{options.curve: v, **found} for v, found in points]}
         text = table([options.curve, *HEAD], [row for v, found in points for row in rows_of(found, str(v))])
-    title = f"{options.model}, {options.dtype}, {options.layers or 'all'} layers, {about['threads']} threads"
+    title = (
+        f"{options.model}, {options.dtype}, {options.layers or 'all'} layers, {about['threads']} threads, "
+        f"{'native kernel' if about['native_kernel'] and not options.compile else 'plain PyTorch'}"
+        f"{', compiled' if options.compile else ''}"
+    )
     write(options.out, result, f"{title}\n\n{text}")
 
 

@@ -71,6 +71,48 @@ def test_it_computes_what_the_plain_functions_do(
 
 
 @pytest.mark.usefixtures("native_kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "m", "blocks"), [(1, 129, 1), (3, 64, 4), (200, 129, 2), (0, 64, 1)])
+def test_without_gradients_it_adds_the_same(tokens: int, m: int, blocks: int, dtype: torch.dtype) -> None:
+    x, weight, projection, up, bias, routing = case(tokens, 48, m, blocks, 16, 5, "magnitude")
+    base = (x @ weight.t()).to(dtype)
+    found = base.clone()
+    native.routed_add_(found, x.to(dtype), projection, up.t().contiguous(), bias, routing, 1.7)
+    wanted = functional.routed_update(base, x.to(dtype), projection, up, bias, routing, 1.7)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found.float(), wanted.float(), rtol=tolerance, atol=40 * tolerance)
+
+
+def test_what_is_remembered_follows_the_adapter(either_kernel: str) -> None:
+    """B and d may change in place or be replaced between two evaluations."""
+    from peft import get_peft_model
+
+    base = nn.Sequential(seeded(lambda: nn.Linear(12, 10)))
+    model = randomize(get_peft_model(base, config(target_modules=["0"]))).eval()
+    layer = layers(model)[0]
+    x = draw(5, 12)
+
+    def expected() -> Tensor:
+        bias = layer.flylora_d["default"] * layer.block_configs["default"][0].balance_rate
+        up, projection = layer.flylora_B["default"], layer.flylora_A["default"]
+        out = layer.get_base_layer()(x)
+        return functional.routed_update(
+            out, x, projection, up, bias, layer.routing["default"], layer.scaling["default"]
+        )
+
+    with torch.no_grad():
+        for change in (
+            lambda: None,
+            lambda: layer.flylora_B["default"].mul_(2),
+            lambda: layer.flylora_d["default"].add_(torch.arange(8, dtype=torch.int32) * 3000),
+            lambda: layer.flylora_d.update({"default": torch.arange(8, 0, -1, dtype=torch.int32) * 3000}),
+            lambda: layer.flylora_B.update({"default": nn.Parameter(draw(10, 8, seed=9))}),
+        ):
+            change()
+            torch.testing.assert_close(model(x), expected(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("native_kernel")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_any_number_of_threads_sees_every_token_once(threads: int) -> None:
     given = case(101, 40, 70, 1, 16, 4, "magnitude")

@@ -147,18 +147,45 @@ def usable(x: Tensor, up: Tensor, projection: Tensor, routing_bias: Tensor, bloc
 
     Not while torch.compile traces, which makes its own kernels.
     """
-    first = blocks[0]
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and available()
+        and x.device.type == "cpu"
         and up.dtype == projection.dtype == routing_bias.dtype == torch.float32
         and x.dtype in _TYPES
-        and first.selection in ("magnitude", "signed")
-        and not first.is_linear
-        and (len(blocks) == 1 or all(block[:3] == first[:3] for block in blocks))
-        and up.shape[1] < 1 << 15
-        and not torch.compiler.is_compiling()
-        and available()
+        and _routes(blocks)
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _routes(blocks: tuple[Block, ...]) -> bool:
+    first = blocks[0]
+    return (
+        first.selection in ("magnitude", "signed")
+        and not first.is_linear
+        and all(block[:3] == first[:3] for block in blocks)
+        and first.r * len(blocks) < 1 << 15
+    )
+
+
+def routed_add_(
+    out: Tensor,
+    x: Tensor,
+    projection: Tensor,
+    up_t: Tensor,
+    routing_bias: Tensor,
+    blocks: tuple[Block, ...],
+    scaling: float,
+) -> None:
+    """out += s z B^T in place, without a backward pass; only where it is [`usable`].
+
+    Args:
+        out: (..., m), contiguous. x: (..., n). projection: A, (R, n). up_t: B^T, (R, m), contiguous, so that the rows
+            of the ranks that nobody selected are never read. The others as for [`flylora.functional.routed_update`].
+    """
+    first = blocks[0]
+    magnitude = first.selection == "magnitude"
+    torch.ops.flylora.routed_add_(out, x, projection, up_t, routing_bias, len(blocks), first.k, magnitude, scaling)
 
 
 def routed_linear(

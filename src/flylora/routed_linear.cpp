@@ -160,14 +160,22 @@ inline void store(scalar* to, const Piece& piece, int64_t size) {
   for (int64_t q = 0; q < size; ++q) to[q] = static_cast<scalar>(values[q]);
 }
 
-// to[q] += sum_a factor_a packed[index_a][q]
+// to[q] += sum_a factor_a rows[index_a][q]; rows of kColumns, or of another stride that end where they must.
 template <typename scalar>
-inline void add_rows(scalar* to, const float* packed, const int16_t* index, const float* factor, int64_t count,
-                     int64_t size) {
+inline void add_rows(scalar* to, const float* rows, const int16_t* index, const float* factor, int64_t count,
+                     int64_t size, int64_t stride = kColumns) {
+  if (size < kColumns && stride != kColumns) {
+    for (int64_t q = 0; q < size; ++q) {
+      float sum = static_cast<float>(to[q]);
+      for (int64_t a = 0; a < count; ++a) sum += factor[a] * rows[index[a] * stride + q];
+      to[q] = static_cast<scalar>(sum);
+    }
+    return;
+  }
   const Piece before = load(to, size);
   Vector s0 = before.part[0], s1 = before.part[1], s2 = before.part[2], s3 = before.part[3];
   for (int64_t a = 0; a < count; ++a) {
-    const Vector* row = reinterpret_cast<const Vector*>(packed + index[a] * kColumns);
+    const Vector* row = reinterpret_cast<const Vector*>(rows + index[a] * stride);
     const float f = factor[a];
     s0 += f * row[0];
     s1 += f * row[1];
@@ -208,6 +216,39 @@ void forward_tokens(const Tensor& y, const Tensor& d, const Tensor& up, Tensor& 
       for (int64_t t = begin; t < end; ++t)
         add_rows(out_data + t * m + start, packed.data(), index_data + t * active, value_data + t * active, active,
                  columns);
+    }
+  });
+}
+
+// The same where nothing is kept for a backward pass, with B^T (R, m) at hand: few tokens read only its selected rows.
+template <typename scalar>
+void add_tokens(const Tensor& y, const Tensor& d, const Tensor& up_t, Tensor& out, float scaling,
+                const Routing& routing) {
+  const int64_t tokens = out.size(0), m = out.size(1), ranks = routing.ranks(), active = routing.active();
+  const float* y_data = y.const_data_ptr<float>();
+  const float* d_data = d.const_data_ptr<float>();
+  const float* up_data = up_t.const_data_ptr<float>();
+  scalar* out_data = out.mutable_data_ptr<scalar>();
+  for_shares(tokens, [&](int64_t, int64_t begin, int64_t end) {
+    const bool pack = (end - begin) * routing.k > 2 * routing.r;
+    std::vector<float> score(routing.r), packed(pack ? ranks * kColumns : 0), value((end - begin) * active);
+    std::vector<int32_t> larger(routing.r);
+    std::vector<int16_t> chosen(routing.k + 1), index((end - begin) * active);
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t b = 0, at_ = (t - begin) * active; b < routing.blocks; ++b) {
+        select(y_data + t * ranks + b * routing.r, d_data + b * routing.r, routing, score.data(), larger.data(),
+               chosen.data(), b * routing.r);
+        for (int64_t a = 0; a < routing.k; ++a, ++at_) {
+          index[at_] = chosen[a];
+          value[at_] = scaling * y_data[t * ranks + chosen[a]];
+        }
+      }
+    for (int64_t start = 0; start < m; start += kColumns) {
+      const int64_t columns = std::min(kColumns, m - start);
+      if (pack) pack_down(packed.data(), up_data, ranks, m, start, columns);
+      for (int64_t t = begin; t < end; ++t)
+        add_rows(out_data + t * m + start, pack ? packed.data() : up_data + start, &index[(t - begin) * active],
+                 &value[(t - begin) * active], active, columns, pack ? kColumns : m);
     }
   });
 }
@@ -384,6 +425,19 @@ Tensor routed_linear(const Tensor& x, const Tensor& weight, const std::optional<
   return run_forward(x, weight, bias, projection, up, routing_bias, routing, scaling).out;
 }
 
+void routed_add_(Tensor out, const Tensor& x, const Tensor& projection, const Tensor& up_t, const Tensor& routing_bias,
+                 int64_t blocks, int64_t k, bool magnitude, double scaling) {
+  TORCH_CHECK(out.is_contiguous(), "routed_add_ works in place, on a contiguous tensor.");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Routing routing{blocks, projection.size(0) / blocks, k, magnitude};
+  Tensor flat = out.view({-1, out.size(-1)});
+  const Tensor y = at::mm(x.reshape({-1, x.size(-1)}).to(at::kFloat), projection.t());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, flat.scalar_type(), "routed_add_", [&] {
+    if constexpr (!std::is_same_v<scalar_t, double>)
+      add_tokens<scalar_t>(y, routing_bias.contiguous(), up_t, flat, static_cast<float>(scaling), routing);
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY(flylora, library) {
@@ -391,4 +445,8 @@ TORCH_LIBRARY(flylora, library) {
       "routed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor projection, Tensor up, Tensor routing_bias, "
       "Tensor? load, Tensor? token_mask, int blocks, int k, bool magnitude, float scaling) -> Tensor",
       routed_linear);
+  library.def(
+      "routed_add_(Tensor(a!) out, Tensor x, Tensor projection, Tensor up_t, Tensor routing_bias, int blocks, int k, "
+      "bool magnitude, float scaling) -> ()",
+      routed_add_);
 }

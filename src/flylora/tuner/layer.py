@@ -25,6 +25,7 @@ from .config import BlockConfig, FlyLoraConfig
 # Names that wrappers put into a module's path; A's seed must not depend on them.
 WRAPPER_NAMES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 WRAPPER_PREFIXES = ("base_model.model.", "module.")
+_DENSE = torch.contiguous_format
 
 
 def canonical_name(module_name: str) -> str:
@@ -145,6 +146,7 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         self.routing: dict[str, tuple[Block, ...]] = {}
         self.block_configs: dict[str, tuple[BlockConfig, ...]] = {}
         self.projection_state: dict[str, ProjectionState] = {}
+        self._known_up: dict[str, tuple[Tensor, int, Tensor]] = {}
         self._known_bias: dict[str, tuple[Tensor, int, torch.dtype, Tensor]] = {}
         self.scaling: dict[str, float] = {}
         self.base_scaling: dict[str, float] = {}
@@ -200,7 +202,7 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
 
     def projection(self, adapter_name: str, device: torch.device | None = None) -> Tensor:
         """A, (r, n) float32, generated on the first demand and moved to the device it is asked for."""
-        if adapter_name in self.flylora_trained_A:
+        if self.ablations and adapter_name in self.flylora_trained_A:
             return ablations.current_projection(self, adapter_name)
         if adapter_name in self.flylora_seed.changed or adapter_name in self.flylora_fingerprint.changed:
             self._adopt_loaded_identity(adapter_name)
@@ -382,7 +384,7 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         base = self.base_layer
         if type(base) not in (nn.Linear, Conv1D) or args or kwargs or self.quantization_backend is not None:
             return False
-        if len(self.flylora_trained_A):
+        if self.ablations and len(self.flylora_trained_A):
             return False
         watched = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         if watched or "forward" in base.__dict__:
@@ -401,13 +403,32 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         ablation = self.ablations.get(adapter_name)
         if ablation is not None:
             dropped, shared = ablations.altered(ablation, self, dropped, shared)
+        up, blocks, bias = shared["up"], shared["blocks"], shared["routing_bias"]
+        fast = native.usable(x, up, shared["projection"], bias, blocks)
+        if fast and not torch.is_grad_enabled() and not up.is_inference():
+            out = self._base_product(dropped) if base_out is None else base_out.clone(memory_format=_DENSE)
+            up_t = self._transposed_up(adapter_name, up)
+            native.routed_add_(out, dropped, shared["projection"], up_t, bias, blocks, shared["scaling"])
+            return out
         if base_out is not None:
             return functional.routed_update(base_out, dropped, **shared)
         base: Any = self.base_layer
         weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
-        fast = native.usable(x, shared["up"], shared["projection"], shared["routing_bias"], shared["blocks"])
         compute = native.routed_linear if fast else functional.routed_linear
         return compute(dropped, weight, base.bias, **shared)
+
+    def _base_product(self, x: Tensor) -> Tensor:
+        base: Any = self.base_layer
+        weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+        return nn.functional.linear(x, weight, base.bias).contiguous()
+
+    def _transposed_up(self, adapter_name: str, up: Tensor) -> Tensor:
+        """B^T, contiguous, remembered while B does not change; for use without gradients."""
+        known = self._known_up.get(adapter_name)
+        if known is None or known[0] is not up or known[1] != up._version:
+            with torch.inference_mode(False):
+                known = self._known_up[adapter_name] = (up, up._version, up.detach().t().contiguous())
+        return known[2]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """out = W x + the active adapters' updates; x is (..., n), the result (..., m)."""

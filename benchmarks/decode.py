@@ -1,0 +1,110 @@
+"""Tokens per second, one token a step with a key-value cache: one adapter, a merge of four, batches of mixed adapters.
+
+    python -m benchmarks decode --model smollm2-135m --out benchmarks/records/performance/decode
+
+The variants take turns, so that ratios do not depend on what else the machine does. Mixed batches have one row for each
+adapter, named by adapter_names, against the same with PEFT LoRA.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.measure import base_model, environment, interleaved, ratio, spread, table, variant, write
+from flylora import native
+
+
+def decoding(model: nn.Module, batch: int, prompt: int, steps: int, names: list[str] | None) -> Callable[[], None]:
+    """Reads a prompt and then decodes token after token; always the same tokens, so that all variants do alike."""
+    model.eval()
+    inner: Any = model
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, (batch, prompt + steps), generator=generator).to(device)
+    extra: dict[str, Any] = {} if names is None else {"adapter_names": names}
+
+    def run() -> None:
+        with torch.no_grad():
+            cache = inner(input_ids=ids[:, :prompt], use_cache=True, **extra).past_key_values
+            for at in range(prompt, prompt + steps):
+                out = inner(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True, **extra)
+                cache = out.past_key_values
+
+    return run
+
+
+def compare(
+    base: nn.Module, words: list[str], batch: int, options: argparse.Namespace, adapters: int = 1
+) -> dict[str, Any]:
+    """Tokens per second of every variant and ratios to the last of them."""
+    names = [f"task{i}" for i in range(adapters)] if adapters > 1 else ["default"]
+    rows = [names[i % adapters] for i in range(batch)] if adapters > 1 else None
+    functions = {
+        name: decoding(
+            variant(base, name, names if name != "base" else ["default"]), batch, options.prompt, options.steps, rows
+        )
+        for name in words
+    }
+    seconds = interleaved(functions, options.repetitions, options.device)
+    tokens = batch * options.steps
+    return {
+        "batch": batch,
+        "adapters": adapters,
+        "tokens_per_second": {name: spread([tokens / s for s in values]) for name, values in seconds.items()},
+        # Rates are the inverse of seconds, so the ratio of rates has them the other way round.
+        "ratio": {name: ratio(seconds[words[-1]], values) for name, values in seconds.items()},
+        "all_seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--layers", type=int, help="use only the first so many decoder layers")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--mixed", type=int, nargs="*", default=[4, 16], help="adapters in mixed batches")
+    parser.add_argument("--prompt", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="JSON and Markdown, with .json and .md appended")
+    parser.add_argument("--plain", action="store_true", help="without the native kernel, where it is compiled")
+    options = parser.parse_args()
+    if options.plain:
+        native.disable()
+    base, _ = base_model(options.model, options.dtype, options.device, options.layers)
+    found = []
+    for batch in options.batches:
+        found.append(compare(base, ["base", "flylora:32:8", "flylora:32:8:4", "lora:32"], batch, options))
+        print(found[-1]["ratio"], flush=True)
+    for adapters in options.mixed:
+        found.append(compare(base, ["flylora:32:8", "lora:32"], adapters, options, adapters))
+        print(found[-1]["ratio"], flush=True)
+    result = {"model": options.model, "dtype": options.dtype, **environment(options.device), "comparisons": found}
+    rows = []
+    for one in found:
+        for name, rate in one["tokens_per_second"].items():
+            middle, low, high = one["ratio"][name]
+            rows.append(
+                [
+                    str(one["batch"]),
+                    str(one["adapters"]),
+                    name,
+                    f"{rate['median']:.1f} ({rate['quartile_1']:.1f} to {rate['quartile_3']:.1f})",
+                    f"{middle:.3f} ({low:.3f} to {high:.3f})",
+                ]
+            )
+    kernel = "native kernel" if result["native_kernel"] else "plain PyTorch"
+    head = ["batch", "adapters", "variant", "tokens per second (quartiles)", "ratio to lora:32 (95% interval)"]
+    write(options.out, result, f"{options.model}, {options.dtype}, {kernel}\n\n{table(head, rows)}")
+
+
+if __name__ == "__main__":
+    main()
