@@ -26,15 +26,23 @@ CURVES: dict[str, list[int]] = {
 }
 
 
-def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
-    """One forward and backward over all tokens."""
+def step(model: nn.Module, ids: torch.Tensor, head: bool = True, compiled: bool = False) -> Callable[[], None]:
+    """One forward and backward over all tokens; without the head, from the last hidden states alone."""
     model.train()
     inner: Any = model
     embed = inner.get_input_embeddings()
+    body = None if head else inner.get_submodule("base_model.model.model" if hasattr(inner, "peft_config") else "model")
+
+    if compiled:
+        (body or model).compile(fullgraph=True)
 
     def run() -> None:
         embeds = embed(ids).detach().requires_grad_()
-        model(inputs_embeds=embeds, labels=ids, use_cache=False).loss.backward()
+        if body is None:
+            model(inputs_embeds=embeds, labels=ids, use_cache=False).loss.backward()
+        else:
+            hidden = body(inputs_embeds=embeds, use_cache=False).last_hidden_state
+            hidden.backward(torch.ones_like(hidden))
         for parameter in model.parameters():
             parameter.grad = None
 
@@ -42,17 +50,16 @@ def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], None]:
 
 
 def compare(
-    base: nn.Module, words: list[str], tokens: int, length: int, repetitions: int, device: str, compiled: bool
+    base: nn.Module, words: list[str], tokens: int, repetitions: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Seconds of every variant, and overheads as ratios to each LoRA among them."""
     vocabulary = base.get_submodule("model.embed_tokens").num_embeddings
-    length = min(length, tokens)
+    length, device = min(options.length, tokens), options.device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(int(vocabulary), (tokens // length, length), generator=generator).to(device)
     models = {name: variant(base, name) for name in ["base", *words]}
-    if compiled:
-        models = {name: torch.compile(model, fullgraph=True) for name, model in models.items()}  # type: ignore[misc]
-    seconds = interleaved({name: step(model, ids) for name, model in models.items()}, repetitions, device)
+    functions = {name: step(model, ids, not options.body, options.compile) for name, model in models.items()}
+    seconds = interleaved(functions, repetitions, device)
     result: dict[str, Any] = {"tokens": ids.numel(), "seconds": {n: spread(v) for n, v in seconds.items()}}
     result["overhead_seconds"] = {
         name: spread([a - b for a, b in zip(seconds[name], seconds["base"], strict=True)]) for name in words
@@ -100,9 +107,7 @@ def curve(name: str, options: argparse.Namespace, base: nn.Module) -> list[tuple
         else:
             words = ["lora:8", f"lora:{32 * value}", f"flylora:32:8:{value}"]
         repetitions = max(5, options.repetitions * 512 // max(512, tokens))
-        found.append(
-            (value, compare(base, words, tokens, options.length, repetitions, options.device, options.compile))
-        )
+        found.append((value, compare(base, words, tokens, repetitions, options)))
         print(name, value, found[-1][1]["overhead_ratio"], flush=True)
     return found
 
@@ -117,6 +122,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="use only the first so many decoder layers")
     parser.add_argument("--variants", nargs="+", default=["lora:8", "lora:32", "flylora:32:8"])
     parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--body", action="store_true", help="without the language model's head")
     parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True) every variant")
     parser.add_argument("--curve", choices=list(CURVES))
     parser.add_argument("--out", type=Path, help="JSON and Markdown, with .json and .md appended")
@@ -133,22 +139,15 @@ def main() -> None:
         **environment(options.device),
     }
     if options.curve is None:
-        found = compare(
-            model,
-            options.variants,
-            options.tokens,
-            options.length,
-            options.repetitions,
-            options.device,
-            options.compile,
-        )
+        found = compare(model, options.variants, options.tokens, options.repetitions, options)
         result, text = {**about, **found}, table(HEAD, rows_of(found))
     else:
         points = curve(options.curve, options, model)
         result = {**about, "curve": options.curve, "points": [{options.curve: v, **found} for v, found in points]}
         text = table([options.curve, *HEAD], [row for v, found in points for row in rows_of(found, str(v))])
+    part = f"{options.layers or 'all'} layers{' without the head' if options.body else ''}"
     title = (
-        f"{options.model}, {options.dtype}, {options.layers or 'all'} layers, {about['threads']} threads, "
+        f"{options.model}, {options.dtype}, {part}, {about['threads']} threads, "
         f"{'native kernel' if about['native_kernel'] and not options.compile else 'plain PyTorch'}"
         f"{', compiled' if options.compile else ''}"
     )

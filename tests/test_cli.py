@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -194,3 +196,24 @@ def test_preview_shows_examples(tiny_model_dir: Path, capsys: pytest.CaptureFixt
         == 0
     )
     assert "Answer:" in capsys.readouterr().out
+
+
+def test_termination_cleans_up_as_an_interruption_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partial = tmp_path / "partial"
+
+    def run(config: Any) -> None:
+        partial.mkdir()
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("not terminated")
+        finally:
+            partial.rmdir()
+
+    monkeypatch.setitem(COMMANDS, "inspect", dataclasses.replace(COMMANDS["inspect"], run=run))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["inspect", str(tmp_path)]) == 130
+    assert not partial.exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err == "flylora: Interrupted.\n"

@@ -10,9 +10,12 @@ import argparse
 import dataclasses
 import json
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -183,7 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Libraries announce to one another what they will rename; whoever runs a command can do nothing about it.
             warnings.simplefilter("ignore", FutureWarning)
             command, config = parse(sys.argv[1:] if argv is None else argv)
-            return command.run(config) or 0
+            with _terminated_like_interrupted():
+                return command.run(config) or 0
     except (UserError, argparse.ArgumentError) as error:
         print(f"flylora: {_one_sentence(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -193,6 +197,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("flylora: Interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM acts as Ctrl-C does, so that what is half written is removed then too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse(argv: Sequence[str]) -> tuple[_Command, Any]:

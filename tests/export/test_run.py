@@ -401,6 +401,20 @@ def test_what_cannot_be_exported_is_told_before_anything_is_written(
     assert left_behind(taken) == ["file"]
 
 
+def test_an_export_is_replaced_when_asked_for_and_nothing_else_is(
+    routed: Path, loaded: LoadedModel, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export(settings(routed, out, method="dense"), loaded)
+    (out / "old").touch()
+    export(settings(routed, out, method="dense", overwrite=True), loaded)
+    assert not (out / "old").exists()
+    assert (out / "adapter_config.json").exists()
+    with pytest.raises(UserError, match=r"holds no export_record\.json"):
+        export(settings(routed, routed, method="dense", overwrite=True), loaded)
+    assert left_behind(tmp_path) == ["out"]
+
+
 def test_text_without_a_token_is_refused(routed: Path, loaded: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n", encoding="utf-8")
     with pytest.raises(UserError, match="holds no text"):

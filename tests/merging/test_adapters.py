@@ -136,7 +136,7 @@ def test_an_existing_output_is_refused_and_replaced_only_on_request(save: Save, 
     assert write_adapter(b.path, a.config, tensors, overwrite=True).fingerprint == a.fingerprint
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("kept")
-    with pytest.raises(UserError, match="not an adapter folder"):
+    with pytest.raises(UserError, match=r"holds no adapter_config\.json"):
         write_adapter(tmp_path / "notes", a.config, tensors, overwrite=True)
     with pytest.raises(UserError, match="is a file"):
         write_adapter(tmp_path / "notes" / "mine.txt", a.config, tensors, overwrite=True)

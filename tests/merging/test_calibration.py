@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -19,11 +20,12 @@ from flylora import UserError, functional
 from flylora.data import IGNORED, Encoded
 from flylora.merging import CalibrateConfig, MergeConfig, calibrate, merge_adapters
 from flylora.merging.adapters import SavedAdapter, read_adapter
-from flylora.merging.calibration import GramTable, gather, read_statistics, write_statistics
+from flylora.merging.calibration import GramTable, _texts, gather, read_statistics, write_statistics
 from flylora.merging.engine import MergeSpec, merge_to
 from flylora.merging.layout import plan
 from flylora.merging.merge import TABLE_NAME
 from flylora.merging.retention import ItemLosses, retention
+from flylora.tasks import Example, Task
 from merging.conftest import Save, fly, lora
 from reference import merging as reference
 
@@ -292,3 +294,15 @@ def test_nothing_gained_is_nothing_to_keep() -> None:
     same = ItemLosses([1.0, 2.0], [1, 2])
     assert retention(same, same, same) is None
     assert math.isclose(same.per_token, 1.0)
+
+
+def test_calibration_texts_are_those_that_fit_and_more_begin_with_fewer(tokenizer: Any) -> None:
+    letters = [Example(str(i), "p" * (3 + 7 * (i % 5)), "ok", "ok") for i in range(40)]
+    task = Task(name="t", version="1", load=lambda split: letters, kind="generate", max_length=24)
+    few, more = _texts(task, tokenizer, 4), _texts(task, tokenizer, 9)
+    assert [len(few), len(more)] == [4, 9]
+    assert more[:4] == few
+    assert all(len(row.input_ids) <= 24 for row in more)
+    assert len(_texts(task, tokenizer, 400)) == 24  # all that fit
+    with pytest.raises(UserError, match="None of the 40 training examples"):
+        _texts(dataclasses.replace(task, max_length=3), tokenizer, 4)

@@ -48,6 +48,7 @@ class ExportConfig:
         dtype: Of the base model while it runs; auto is bfloat16 where the device computes in it, else float32.
         device: auto is the first GPU if there is one, else the CPU.
         seed: Of the choice of texts from files.
+        overwrite: Replace an export that out already holds.
     """
 
     adapter: str
@@ -72,6 +73,7 @@ class ExportConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     seed: int = 0
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         """Raises ``UserError`` for values that cannot be meant."""

@@ -76,7 +76,7 @@ def run(config: ExportConfig, loaded: LoadedModel | None = None) -> ExportRecord
             nothing is left behind then.
     """
     started, out = time.monotonic(), Path(config.out)
-    refuse_existing(out, overwrite=False)
+    refuse_existing(out, config.overwrite, RECORD_NAME)
     adapter = read_adapter(config.adapter)
     linear = check_method(adapter, config.method, bool(config.calibrate), config.rank)
     for name in config.evaluate:
@@ -90,7 +90,7 @@ def run(config: ExportConfig, loaded: LoadedModel | None = None) -> ExportRecord
     )
     base_dtype = loaded.dtype
     del loaded  # a full export loads its own later; the caller's, if there is one, stays
-    with new_folder(out) as folder:
+    with new_folder(out, config.overwrite, RECORD_NAME) as folder:
         factors, meter, before = _measure_before(work, folder)
         dtype, gap, after = _write(work, factors, folder, meter)
         (folder / _PREDICTIONS).unlink(missing_ok=True)

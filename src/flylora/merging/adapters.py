@@ -570,14 +570,14 @@ def _count(shape: Iterable[int]) -> int:
 
 
 @contextmanager
-def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: str | Path, overwrite: bool = False, mark: str = CONFIG_FILE) -> Iterator[Path]:
     """A temporary folder beside ``path`` that takes its name when the block ends well, and is removed otherwise.
 
     Raises:
         UserError: ``path`` exists and is not empty and ``overwrite`` is not set, or it cannot be written to.
     """
     path = Path(path)
-    refuse_existing(path, overwrite)
+    refuse_existing(path, overwrite, mark)
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
@@ -590,17 +590,20 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raise ``UserError`` where ``path`` is taken: a file, or a folder with something in it that may not be "
-    "replaced."""
+def refuse_existing(path: Path, overwrite: bool, mark: str = CONFIG_FILE) -> None:
+    """Raise ``UserError`` where ``path`` is taken: a file, or a folder with something in it that may not be replaced.
+
+    Args:
+        mark: a file that a folder must hold to be overwritten, lest it is something else.
+    """
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, but a folder is needed: choose another output.")
     if not overwrite and path.is_dir() and any(path.iterdir()):
         raise UserError(
             f"{path} already exists and is not empty: choose another output, or allow it to be overwritten."
         )
-    if overwrite and path.is_dir() and any(path.iterdir()) and not (path / CONFIG_FILE).exists():
-        raise UserError(f"{path} is not an adapter folder, so it is not overwritten: choose another output.")
+    if overwrite and path.is_dir() and any(path.iterdir()) and not (path / mark).exists():
+        raise UserError(f"{path} holds no {mark}, so it is not overwritten: choose another output.")
 
 
 def _umask() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +21,14 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from ..data import IGNORED, CompletionCollator, Encoded, encode_all
+from ..data import IGNORED, CompletionCollator, Encoded, encode
 from ..errors import UserError
 from ..evaluation.adapters import adapted, base_of
 from ..models import LoadedModel, load_model
 from ..records import provenance, saving
-from ..tasks import load_task
+from ..tasks import Task, load_task
 from ..tuner.layer import canonical_name
 from .adapters import SavedAdapter, TensorFile, read_adapter
 from .config import CalibrateConfig, Tokens
@@ -341,15 +343,14 @@ def task_statistics(
     """One task's statistics from its training split while an adapter runs; see [`calibrate`]."""
     assert tokens in get_args(Tokens)
     task = load_task(task_name, data_dir)
-    examples = task.examples("train", texts)
-    encoded = encode_all(examples, loaded.tokenizer, task.max_length, task.chat_template, task.truncate_prompt)
+    rows = _texts(task, loaded.tokenizer, texts)
     with active_adapter(loaded, layout, run) as model:
-        statistics = gather(model, layout, encoded.items, tokens, batch_size)
+        statistics = gather(model, layout, rows, tokens, batch_size)
     origin = provenance(seeds={}, data_sha256={"train": task.data_hash("train")}, model_sha256=loaded.sha256)
     statistics.origin = {
         "task": task.name,
         "task_version": task.version,
-        "texts": len(encoded.items),
+        "texts": len(rows),
         "tokens": tokens,
         "token_count": float(statistics.tokens.sum()),
         "run": str(run),
@@ -357,6 +358,28 @@ def task_statistics(
         "provenance": dataclasses.asdict(origin),
     }
     return statistics
+
+
+def _texts(task: Task, tokenizer: PreTrainedTokenizerBase, wanted: int) -> list[Encoded]:
+    """Training texts in a seeded order that depends on the task alone, until so many of them have fitted.
+
+    A larger number so begins with the texts of a smaller one, and long texts do not make the number smaller.
+    """
+    examples = task.examples("train")
+    random.Random(f"{task.name}/{task.version}/calibration").shuffle(examples)
+    rows: list[Encoded] = []
+    for example in examples:
+        row = encode(example, tokenizer, task.max_length, task.chat_template, task.truncate_prompt)
+        if row is not None:
+            rows.append(row)
+        if len(rows) == wanted:
+            break
+    if not rows:
+        raise UserError(
+            f"None of the {len(examples)} training examples of '{task.name}' fits in {task.max_length} tokens: raise "
+            "its max_length."
+        )
+    return rows
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Optional
 
@@ -303,22 +304,30 @@ class FlyLoraModel(BaseTuner):
                 f"The adapter file has tensors for modules that this model does not adapt, e.g. '{min(keys)}' "
                 f"({len(keys)} in all): it was trained on another base model ({base}) or with other target_modules."
             )
-        accept = []
-        for name, layer, found in pending:
-            seeds = tuple(found["flylora_seed"].tolist())
-            digests = tuple(bytes(row.tolist()) for row in found["flylora_fingerprint"])
-            stored = SparseProjection(found[_VALUES], found[_COLUMNS]) if _VALUES in found else None
-            accept.append(layer.projection_from_file(adapter_name, seeds, digests, stored))
-            if adapter_name in layer.flylora_trained_A:
-                if stored is None:
-                    raise UserError(
-                        f"The adapter file lacks the trained projection of {_canonical_key(name)} ({_VALUES}): it is "
-                        "incomplete, or its config was edited."
-                    )
-                loaded[f"{name}.flylora_trained_A.{adapter_name}"] = densify(stored, layer.in_features)
-        for take in accept:  # every layer was checked: a file is taken as a whole or not at all
-            take()
+        with ThreadPoolExecutor(max_workers=min(8, torch.get_num_threads())) as pool:
+            # Making A is all the work there is, and leaves Python's lock to others most of the time.
+            accept = list(pool.map(lambda item: _projection_of_file(adapter_name, *item), pending))
+            for name, layer, found in pending:
+                if adapter_name in layer.flylora_trained_A:
+                    if _VALUES not in found:
+                        raise UserError(
+                            f"The adapter file lacks the trained projection of {_canonical_key(name)} ({_VALUES}): it "
+                            "is incomplete, or its config was edited."
+                        )
+                    stored = SparseProjection(found[_VALUES], found[_COLUMNS])
+                    loaded[f"{name}.flylora_trained_A.{adapter_name}"] = densify(stored, layer.in_features)
+            list(pool.map(lambda take: take(), accept))  # every layer was checked: a file is taken as a whole or not
         return {**remapped, **loaded}
+
+
+def _projection_of_file(
+    adapter_name: str, name: str, layer: FlyLoraLinear, found: dict[str, Tensor]
+) -> Callable[[], None]:
+    """A layer's A as a file has it, checked; the function returned puts it to use."""
+    seeds = tuple(found["flylora_seed"].tolist())
+    digests = tuple(bytes(row.tolist()) for row in found["flylora_fingerprint"])
+    stored = SparseProjection(found[_VALUES], found[_COLUMNS]) if _VALUES in found else None
+    return layer.projection_from_file(adapter_name, seeds, digests, stored)
 
 
 def _remove_loss_scale_hook(model: nn.Module) -> None:
