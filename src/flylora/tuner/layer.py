@@ -175,7 +175,8 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         self.routing[adapter_name] = tuple(Block(block.r, block.k, block.selection) for block in blocks)
         self.scaling[adapter_name] = self.base_scaling[adapter_name] = config.scaling_at(self.module_name)
         self.flylora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self.flylora_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, ranks))
+        # Zeros come later: an adapter that is about to be loaded is made on the meta device and never needs them.
+        self.flylora_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, ranks))
         self.flylora_d[adapter_name] = torch.zeros(ranks, dtype=torch.int32)
         self.flylora_seed[adapter_name] = torch.zeros(len(blocks), dtype=torch.int64)
         self.flylora_fingerprint[adapter_name] = torch.zeros(len(blocks), 32, dtype=torch.uint8)
@@ -189,6 +190,7 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         self.flylora_fingerprint.changed.discard(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
         if self.flylora_B[adapter_name].device.type != "meta":
+            nn.init.zeros_(self.flylora_B[adapter_name])
             self.projection(adapter_name)
         ablations.prepare(self, adapter_name, config)
         balance.track(self)
