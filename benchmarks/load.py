@@ -88,7 +88,7 @@ def main() -> None:
             "import peft, flylora": process("-c", "import peft, flylora"),
             "flylora --help": process("-c", "import sys; from flylora.cli import main; main(['--help'])"),
         },
-        2 * options.repetitions + 1,
+        options.repetitions + 2,
         "cpu",
         warm_up=1,
     )

@@ -135,8 +135,8 @@ def fingerprint(projection: SparseProjection, in_features: int) -> bytes:
     """sha256 (32 bytes) over r, n and the row-major non-zeros (column int32, value float32; little-endian)."""
     values, columns = projection
     digest = hashlib.sha256(f"{values.shape[0]}x{in_features}:{values.shape[1]};".encode())
-    digest.update(columns.to("cpu", torch.int32).contiguous().numpy().tobytes())
-    digest.update(values.to("cpu", torch.float32).contiguous().numpy().tobytes())
+    digest.update(columns.to("cpu", torch.int32).contiguous().numpy().data)
+    digest.update(values.to("cpu", torch.float32).contiguous().numpy().data)
     return digest.digest()
 
 
