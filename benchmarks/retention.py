@@ -43,6 +43,7 @@ class Setting:
 
     arguments: argparse.Namespace
     tasks: list[Path]
+    measured: list[Path]  # the same tasks with items as long as they are measured on
     loaded: LoadedModel
 
     @property
@@ -102,8 +103,9 @@ def slug(name: str) -> str:
 def losses(setting: Setting, key: str, adapter: Path | None, split: str = "test") -> list[ItemLosses]:
     """The losses on every task's items, measured once."""
     found = []
-    for task in setting.tasks:
-        file = setting.work / "losses" / f"{slug(key)}-{task.stem}-{split}.json"
+    length = setting.arguments.test_length
+    for task in setting.measured:
+        file = setting.work / "losses" / f"{slug(key)}-{task.stem}-{split}-{length}.json"
         if not file.exists():
             measured = item_losses(
                 setting.loaded, adapter, str(task), split, setting.arguments.items, data_dir=setting.data_dir
@@ -220,7 +222,14 @@ def measure(
 def markdown(result: dict[str, Any]) -> str:
     """One table of losses and one of what was kept."""
     names = result["tasks"]
-    lines = ["# Retention", "", result["about"], "", "| loss per answer token | " + " | ".join(names) + " |"]
+    counts = ", ".join(f"{name} {count}" for name, count in zip(names, result["items"], strict=True))
+    lines = [
+        "# Retention",
+        "",
+        f"{result['about']} Items: {counts}.",
+        "",
+        "| loss per answer token | " + " | ".join(names) + " |",
+    ]
     lines += ["| --- |" + " --- |" * len(names)]
     for who, values in result["losses"].items():
         lines.append(f"| {who} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
@@ -250,18 +259,21 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--lora-lr", type=float, default=1e-3)
     parser.add_argument("--items", type=int, default=48, help="test items of each task")
-    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--max-length", type=int, default=128, help="longest item to train and calibrate on")
+    parser.add_argument("--test-length", type=int, default=320, help="longest item to measure on")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     work = Path(arguments.work)
     loaded = load_model(arguments.model)
     tasks = [shortened(task, work / "tasks", arguments.max_length) for task in arguments.tasks]
-    setting = Setting(arguments, tasks, loaded)
+    measured = [shortened(task, work / "tasks" / "measured", arguments.test_length) for task in arguments.tasks]
+    setting = Setting(arguments, tasks, measured, loaded)
     result: dict[str, Any] = {
         "about": (
             f"{arguments.model}, {arguments.steps} steps of 8 items of at most {arguments.max_length} tokens, learning "
             f"rate {arguments.lr:g} (LoRA {arguments.lora_lr:g}), seed {arguments.seed}; at most {arguments.items} "
-            "test items a task. Retention is (base - merged) / (base - single) of the loss, with its standard error "
+            f"test items a task, of at most {arguments.test_length} tokens. Retention is (base - merged) / "
+            "(base - single) of the loss, with its standard error "
             "over items."
         ),
         "options": {
@@ -271,6 +283,7 @@ def main() -> None:
             provenance(seeds={"seed": arguments.seed}, data_sha256={}, model_sha256=loaded.sha256)
         ),
         "tasks": [task.stem for task in tasks],
+        "items": [len(one.sums) for one in losses(setting, "base", None)],
         "losses": {"base": [one.per_token for one in losses(setting, "base", None)]},
         "rows": [],
     }
