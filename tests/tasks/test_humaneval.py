@@ -89,7 +89,11 @@ def test_malformed_rows_are_refused_in_a_sentence(write: Write, changes: dict[st
         load_task("humaneval", write(ROW, {**ROW, "task_id": "HumanEval/1", **changes})).examples("test")
 
 
-@pytest.mark.parametrize("body", [b"", b"not compressed", gzip.compress(b"[1]\n"), gzip.compress(b"{")])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"not compressed", gzip.compress(b"[1]\n", mtime=0), gzip.compress(b"{", mtime=0)],
+    ids=["empty", "not compressed", "a list", "cut off"],
+)
 def test_a_broken_file_is_refused_in_a_sentence(tmp_path: Path, body: bytes) -> None:
     (tmp_path / "HumanEval.jsonl.gz").write_bytes(body)
     with pytest.raises(UserError, match=r"HumanEval\.jsonl\.gz"):
