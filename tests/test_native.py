@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from flylora import UserError, functional, native
+from flylora import FlyLoraLinear, UserError, functional, native
 from flylora.functional import Block
 from tiny_models import config, layers, randomize, seeded
 
@@ -181,6 +182,36 @@ def test_a_plain_layer_takes_the_kernel_where_it_is_compiled(
     layers(model)[0].routing["default"] = (Block(8, 2, "random", 1),)
     model(torch.randn(3, 12))
     assert taken == [either_kernel, either_kernel, "plain"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["autocast", "wider output"])
+def test_evaluation_where_types_differ_is_the_same_either_way(either_kernel: str, dtype: torch.dtype) -> None:
+    from peft import get_peft_model
+
+    class Widening(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).to(dtype)
+
+    base = nn.Sequential(seeded(lambda: Widening(12, 10) if dtype == torch.float64 else nn.Linear(12, 10)))
+    model = randomize(get_peft_model(base, config(target_modules=["0"]))).eval()
+    layer = layers(model)[0]
+    x = draw(5, 12)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        out, plain = model(x), layer.get_base_layer()(x)
+        wanted = functional.routed_update(plain, x, **_update_of(layer))
+    assert out.dtype == plain.dtype
+    torch.testing.assert_close(out, wanted)
+    assert not torch.equal(out, plain)
+
+
+def _update_of(layer: FlyLoraLinear) -> dict[str, Any]:
+    return {
+        "projection": layer.flylora_A["default"],
+        "up": layer.flylora_B["default"],
+        "routing_bias": layer.routing_bias("default"),
+        "blocks": layer.routing["default"],
+        "scaling": layer.scaling["default"],
+    }
 
 
 def test_without_a_compiler_one_sentence_says_so(

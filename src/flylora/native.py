@@ -142,15 +142,25 @@ def enable() -> None:
     _disabled = False
 
 
-def usable(x: Tensor, up: Tensor, projection: Tensor, routing_bias: Tensor, blocks: tuple[Block, ...]) -> bool:
+def usable(
+    x: Tensor,
+    up: Tensor,
+    projection: Tensor,
+    routing_bias: Tensor,
+    blocks: tuple[Block, ...],
+    base_out: Tensor | None = None,
+) -> bool:
     """Whether the kernel computes this layer: on the CPU, B and A in float32, and all blocks routed alike by score.
 
-    Not while torch.compile traces, which makes its own kernels.
+    Not while torch.compile traces, which makes its own kernels, and not under autocast, which would compute the scores
+    in another type.
     """
     return (
         not torch.compiler.is_compiling()
         and available()
         and x.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and (base_out is None or base_out.dtype in _TYPES)
         and up.dtype == projection.dtype == routing_bias.dtype == torch.float32
         and x.dtype in _TYPES
         and _routes(blocks)

@@ -5,6 +5,7 @@
 // cannot do on a CPU without copies that cost more than they save.
 
 #include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -16,6 +17,12 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+// The types of a layer that the kernel computes; any other is an error.
+#define DISPATCH_TYPES(type, name, ...)                                          \
+  AT_DISPATCH_SWITCH(type, name, AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__)       \
+                                     AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__) \
+                                         AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__))
 
 namespace {
 
@@ -351,9 +358,8 @@ Output run_forward(const Tensor& x, const Tensor& weight, const std::optional<Te
   Tensor values = at::empty({y.size(0), routing.active()}, plain);
   Tensor indices = at::empty({y.size(0), routing.active()}, plain.dtype(at::kShort));
   const Tensor bias_of_scores = routing_bias.contiguous();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, flat.scalar_type(), "routed_linear", [&] {
-    if constexpr (!std::is_same_v<scalar_t, double>)
-      forward_tokens<scalar_t>(y, bias_of_scores, up, flat, values, indices, static_cast<float>(scaling), routing);
+  DISPATCH_TYPES(flat.scalar_type(), "routed_linear", [&] {
+    forward_tokens<scalar_t>(y, bias_of_scores, up, flat, values, indices, static_cast<float>(scaling), routing);
   });
   return {out, values, indices};
 }
@@ -398,9 +404,8 @@ class RoutedLinear : public torch::autograd::Function<RoutedLinear> {
     const Tensor grad = grads[0].reshape({-1, grads[0].size(-1)}).contiguous();
     Tensor grad_x;
     if (need_x) grad_x = at::mm(grad, weight.to(grad.scalar_type()));
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, grad.scalar_type(), "routed_linear_backward", [&] {
-      if constexpr (!std::is_same_v<scalar_t, double>)
-        out[4] = backward_tokens<scalar_t>(grad, values, indices, projection, up, grad_x, need_x, need_up, scaling,
+    DISPATCH_TYPES(grad.scalar_type(), "routed_linear_backward", [&] {
+      out[4] = backward_tokens<scalar_t>(grad, values, indices, projection, up, grad_x, need_x, need_up, scaling,
                                            routing);
     });
     if (need_x) out[0] = grad_x.view(ctx->saved_data["shape"].toIntVector());
@@ -432,9 +437,8 @@ void routed_add_(Tensor out, const Tensor& x, const Tensor& projection, const Te
   const Routing routing{blocks, projection.size(0) / blocks, k, magnitude};
   Tensor flat = out.view({-1, out.size(-1)});
   const Tensor y = at::mm(x.reshape({-1, x.size(-1)}).to(at::kFloat), projection.t());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, flat.scalar_type(), "routed_add_", [&] {
-    if constexpr (!std::is_same_v<scalar_t, double>)
-      add_tokens<scalar_t>(y, routing_bias.contiguous(), up_t, flat, static_cast<float>(scaling), routing);
+  DISPATCH_TYPES(flat.scalar_type(), "routed_add_", [&] {
+    add_tokens<scalar_t>(y, routing_bias.contiguous(), up_t, flat, static_cast<float>(scaling), routing);
   });
 }
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
@@ -25,7 +26,6 @@ from .config import BlockConfig, FlyLoraConfig
 # Names that wrappers put into a module's path; A's seed must not depend on them.
 WRAPPER_NAMES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 WRAPPER_PREFIXES = ("base_model.model.", "module.")
-_DENSE = torch.contiguous_format
 
 
 def canonical_name(module_name: str) -> str:
@@ -406,23 +406,25 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         if ablation is not None:
             dropped, shared = ablations.altered(ablation, self, dropped, shared)
         up, blocks, bias = shared["up"], shared["blocks"], shared["routing_bias"]
-        fast = native.usable(x, up, shared["projection"], bias, blocks)
+        fast = native.usable(x, up, shared["projection"], bias, blocks, base_out)
         if fast and not torch.is_grad_enabled() and not up.is_inference():
-            out = self._base_product(dropped) if base_out is None else base_out.clone(memory_format=_DENSE)
+            out = (
+                F.linear(dropped, *self._frozen()).contiguous()
+                if base_out is None
+                else base_out.clone(memory_format=torch.contiguous_format)
+            )
             up_t = self._transposed_up(adapter_name, up)
             native.routed_add_(out, dropped, shared["projection"], up_t, bias, blocks, shared["scaling"])
             return out
         if base_out is not None:
             return functional.routed_update(base_out, dropped, **shared)
-        base: Any = self.base_layer
-        weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
         compute = native.routed_linear if fast else functional.routed_linear
-        return compute(dropped, weight, base.bias, **shared)
+        return compute(dropped, *self._frozen(), **shared)
 
-    def _base_product(self, x: Tensor) -> Tensor:
+    def _frozen(self) -> tuple[Tensor, Tensor | None]:
+        """The base layer's weight (m, n) and bias."""
         base: Any = self.base_layer
-        weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
-        return nn.functional.linear(x, weight, base.bias).contiguous()
+        return base.weight.t() if isinstance(base, Conv1D) else base.weight, base.bias
 
     def _transposed_up(self, adapter_name: str, up: Tensor) -> Tensor:
         """B^T, contiguous, remembered while B does not change; for use without gradients."""
