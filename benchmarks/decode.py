@@ -10,13 +10,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.measure import base_model, environment, interleaved, ratio, spread, table, variant, write
+from benchmarks.measure import (
+    base_model,
+    common_options,
+    environment,
+    interleaved,
+    ratio,
+    spread,
+    table,
+    variant,
+    write,
+)
 from flylora import native
 
 
@@ -64,17 +73,12 @@ def compare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--layers", type=int, help="use only the first so many decoder layers")
+    parser = common_options(__doc__)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--mixed", type=int, nargs="*", default=[4, 16], help="adapters in mixed batches")
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--out", type=Path, help="JSON and Markdown, with .json and .md appended")
     parser.add_argument("--plain", action="store_true", help="without the native kernel, where it is compiled")
     options = parser.parse_args()
     if options.plain:

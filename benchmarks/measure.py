@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
@@ -22,6 +23,17 @@ from flylora.models import load_model
 from flylora.records import now, provenance
 
 RESAMPLES = 2000
+
+
+def common_options(description: str | None) -> argparse.ArgumentParser:
+    """A parser with what the benchmarks of a model have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--layers", type=int, help="use only the first so many decoder layers")
+    parser.add_argument("--out", type=Path, help="JSON and Markdown, with .json and .md appended")
+    return parser
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:

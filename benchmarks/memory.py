@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.measure import base_model, environment, table, variant, write
+from benchmarks.measure import base_model, common_options, environment, table, variant, write
 from benchmarks.step_cost import step
 
 VARIANTS = ["base", "lora:8", "lora:32", "flylora:32:8", "flylora:32:8:4"]
@@ -75,15 +75,10 @@ def one(words: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser = common_options(__doc__)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--length", type=int, default=128, help="tokens of one item")
-    parser.add_argument("--layers", type=int, help="use only the first so many decoder layers")
     parser.add_argument("--variants", nargs="+", default=VARIANTS)
-    parser.add_argument("--out", type=Path, help="JSON and Markdown, with .json and .md appended")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

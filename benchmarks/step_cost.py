@@ -10,13 +10,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.measure import base_model, environment, interleaved, ratio, spread, table, variant, write
+from benchmarks.measure import (
+    base_model,
+    common_options,
+    environment,
+    interleaved,
+    ratio,
+    spread,
+    table,
+    variant,
+    write,
+)
 from flylora import native
 
 CURVES: dict[str, list[int]] = {
@@ -113,19 +122,14 @@ def curve(name: str, options: argparse.Namespace, base: nn.Module) -> list[tuple
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser = common_options(__doc__)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--length", type=int, default=128, help="tokens of one item")
-    parser.add_argument("--layers", type=int, help="use only the first so many decoder layers")
     parser.add_argument("--variants", nargs="+", default=["lora:8", "lora:32", "flylora:32:8"])
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--body", action="store_true", help="without the language model's head")
     parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True) every variant")
     parser.add_argument("--curve", choices=list(CURVES))
-    parser.add_argument("--out", type=Path, help="JSON and Markdown, with .json and .md appended")
     parser.add_argument("--plain", action="store_true", help="without the native kernel, where it is compiled")
     options = parser.parse_args()
     if options.plain:
