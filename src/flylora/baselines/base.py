@@ -31,6 +31,7 @@ from ..errors import UserError
 from ..stepping import after_optimizer_steps, positions
 from ..tuner.config import check_positive_int, check_targets
 from ..tuner.registration import peft_type
+from ..tuner.weights import merge_updates, shifted_weight
 
 
 @dataclass
@@ -250,24 +251,15 @@ class BaselineLinear(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """Add adapters to the base weight; ``safe_merge`` checks the result for NaN and infinity first."""
-        for name in check_adapters_to_merge(self, adapter_names):
-            if self.is_on(name):
-                merged = self._shifted_weight(self.get_delta_weight(name))
-                if safe_merge and not torch.isfinite(merged).all():
-                    raise ValueError(f"NaNs detected in the merged weights: the adapter {name} seems to be broken.")
-                self.set_base_weight(merged)
-                self.merged_adapters.append(name)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.is_on(name)]
+        merge_updates(self, {name: self.get_delta_weight(name) for name in names}, safe_merge)
 
     def unmerge(self) -> None:
         """Subtract the merged adapters from the base weight again."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
-            self.set_base_weight(self._shifted_weight(-self.get_delta_weight(self.merged_adapters.pop())))
-
-    def _shifted_weight(self, delta: Tensor) -> Tensor:
-        weight = self.get_base_weight()
-        return (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
+            self.set_base_weight(shifted_weight(self, -self.get_delta_weight(self.merged_adapters.pop())))
 
     def __repr__(self) -> str:
         return f"{next(iter(self.configs.values())).method}." + super().__repr__()

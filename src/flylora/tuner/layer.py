@@ -22,6 +22,7 @@ from ..functional import Block, SparseProjection
 from . import ablations
 from .ablations import Ablation
 from .config import BlockConfig, FlyLoraConfig
+from .weights import merge_updates, shifted_weight
 
 # Names that wrappers put into a module's path; A's seed must not depend on them.
 WRAPPER_NAMES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -502,13 +503,7 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """Add linear adapters to the base weight; ``safe_merge`` checks the result for NaN and infinity first."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.flylora_B]
-        deltas = {name: self.get_delta_weight(name) for name in names}
-        for name, delta in deltas.items():
-            merged = self._shifted_weight(delta)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"NaNs detected in the merged weights: the adapter {name} seems to be broken.")
-            self.set_base_weight(merged)
-            self.merged_adapters.append(name)
+        merge_updates(self, {name: self.get_delta_weight(name) for name in names}, safe_merge)
 
     def unmerge(self) -> None:
         """Subtract the merged adapters from the base weight again."""
@@ -518,11 +513,7 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.flylora_B:
-                self.set_base_weight(self._shifted_weight(-self.get_delta_weight(name)))
-
-    def _shifted_weight(self, delta: Tensor) -> Tensor:
-        weight = self.get_base_weight()
-        return (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
+                self.set_base_weight(shifted_weight(self, -self.get_delta_weight(name)))
 
     # --- scaling, as PEFT's helpers set it ---------------------------------------------------------------------------
 
