@@ -14,6 +14,7 @@ import torch
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from flylora.errors import UserError
@@ -190,6 +191,38 @@ class CompletionCollator:
             out["labels"][row, :length] = torch.as_tensor(item["labels"])
             out["attention_mask"][row, :length] = 1
         return out
+
+
+def sorted_micro_batches(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """The rows of some padded batches, dealt out again longest first, so that rows of like length share a batch.
+
+    Args:
+        batches: Each as ``CompletionCollator`` gives it: tensors (rows, longest), padded on the right.
+
+    Returns:
+        As many batches of the same sizes with the same rows, each padded only to its own longest row. A loss that is
+        summed over all of them is the same, for less padding to compute.
+    """
+    rows = [
+        {name: value[row] for name, value in batch.items()} for batch in batches for row in range(len(batch["labels"]))
+    ]
+    lengths = [int(row["attention_mask"].sum()) for row in rows]
+    order = iter(sorted(range(len(rows)), key=lambda row: -lengths[row]))
+    found = []
+    for batch in batches:
+        chosen = [next(order) for _ in batch["labels"]]
+        longest = lengths[chosen[0]]
+        found.append(
+            {
+                name: pad_sequence(
+                    [rows[i][name][:longest] for i in chosen],
+                    batch_first=True,
+                    padding_value=IGNORED if name == "labels" else 0,
+                )
+                for name in batch
+            }
+        )
+    return found
 
 
 def render_preview(

@@ -19,7 +19,7 @@ from transformers import ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from flylora.baselines.counts import ParameterCount, count_adapter
-from flylora.data import CompletionCollator, EncodedSet, encode_all
+from flylora.data import CompletionCollator, EncodedSet, encode_all, sorted_micro_batches
 from flylora.errors import UserError
 from flylora.models import LoadedModel, first_line, load_model, take_off
 from flylora.records import Status, adapter_fingerprint, is_disk_full, now, provenance, write_record
@@ -217,6 +217,11 @@ class _AdapterTrainer(SFTTrainer):
         elif self.args.should_save:
             # Asking whether the vocabulary changed would look the base model up on the hub.
             self.model.save_pretrained(output_dir or self.args.output_dir, save_embedding_layers=False)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of one step. Which of its items share one decides nothing but how much padding there is."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        return sorted_micro_batches(batches), items
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The run folder has its own card."""
