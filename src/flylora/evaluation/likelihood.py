@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +10,9 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from flylora.data import IGNORED, CompletionCollator, Encoded
+from flylora.data import CompletionCollator, Encoded
 from flylora.evaluation.adapters import base_of
+from flylora.labelled import labelled_logits
 
 
 @torch.no_grad()
@@ -34,7 +34,6 @@ def token_log_likelihoods(
         For each row, in the order given, one number for each label that is not ``IGNORED``.
     """
     base = base_of(model)
-    may_skip = "logits_to_keep" in inspect.signature(base.forward).parameters
     collate = CompletionCollator()
     found: list[list[float]] = [[] for _ in rows]
     # Longest first, so that a batch too large for memory fails at once.
@@ -42,16 +41,9 @@ def token_log_likelihoods(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = {key: value.to(base.device) for key, value in collate([vars(rows[i]) for i in chosen]).items()}
-        targets = batch.pop("labels")[:, 1:]
-        # The last logits predict nothing. Prompts before the first label need none either.
-        first = int((targets != IGNORED).any(0).int().argmax())
-        keep = targets.shape[1] - first + 1
-        logits = model(**batch, use_cache=False, **({"logits_to_keep": keep} if may_skip else {})).logits
-        targets = targets[:, first:]
-        scored = targets != IGNORED
-        # Only what is scored is made float32 and normalised: over a large vocabulary the rest would fill the memory.
-        losses = cross_entropy(logits[:, -keep:-1][scored].float(), targets[scored], reduction="none")
-        for i, loss in zip(chosen, losses.cpu().split(scored.sum(1).tolist()), strict=True):
+        logits, targets, counts = labelled_logits(model, **batch)
+        losses = cross_entropy(logits, targets, reduction="none")
+        for i, loss in zip(chosen, losses.cpu().split(counts.tolist()), strict=True):
             found[i] = (-loss.double()).tolist()
         advance(len(chosen))
     return found
