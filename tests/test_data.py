@@ -23,6 +23,7 @@ from flylora.data import (
     end_token_id,
     fit_prompt,
     render_preview,
+    sorted_micro_batches,
 )
 from flylora.errors import UserError
 from flylora.tasks import Example, Task
@@ -193,6 +194,38 @@ def test_padding_changes_no_loss() -> None:
         together = model(**CompletionCollator(7)(rows)).loss.item()
     trained = [sum(label != IGNORED for label in item.labels) for item in items]
     assert together == pytest.approx(sum(a * t for a, t in zip(alone, trained, strict=True)) / sum(trained), rel=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (3, 2), (5,)])
+def test_micro_batches_hold_the_same_rows_with_less_padding(sizes: tuple[int, ...]) -> None:
+    lengths = iter([3, 9, 2, 8, 4, 7])
+    batches = []
+    for size in sizes:
+        rows = []
+        for length in [next(lengths) for _ in range(size)]:
+            ids = list(range(10 * length, 11 * length))
+            rows.append({"input_ids": ids, "labels": [IGNORED, *ids[1:]]})
+        batches.append(CompletionCollator()(rows))
+
+    def cells(batches: list[dict[str, torch.Tensor]]) -> int:
+        return sum(batch["labels"].numel() for batch in batches)
+
+    def rows_of(batches: list[dict[str, torch.Tensor]]) -> list[tuple[list[int], list[int]]]:
+        found = []
+        for batch in batches:
+            for ids, labels, mask in zip(*(batch[n] for n in ("input_ids", "labels", "attention_mask")), strict=True):
+                size = int(mask.sum())
+                assert mask.tolist() == [1] * size + [0] * (len(mask) - size)
+                assert labels[size:].tolist() == [IGNORED] * (len(mask) - size)
+                found.append((ids[:size].tolist(), labels[:size].tolist()))
+        return found
+
+    found = sorted_micro_batches(batches)
+    assert [len(batch["labels"]) for batch in found] == list(sizes)
+    assert sorted(rows_of(found)) == sorted(rows_of(batches))
+    assert all(batch["attention_mask"].any(0).all() for batch in found)  # no column is padding alone
+    if len(sizes) > 1:
+        assert cells(found) < cells(batches)
 
 
 def _task(examples: list[Example], **changes: object) -> Task:

@@ -172,6 +172,19 @@ def test_a_task_of_loss_alone_has_no_accuracy(
     assert record.loss == pytest.approx(literal_loss(loaded.tokenizer, [Example("", "Q", "x", "x")])[0], abs=1e-5)
 
 
+@pytest.mark.parametrize("task", ["elements", "capitals"])
+def test_the_loss_alone_is_that_of_a_whole_evaluation(
+    config: Callable[..., EvalConfig], loaded: LoadedModel, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate(config(task=task), loaded)
+    monkeypatch.setattr(evaluation_run, "generate", None)
+    alone = evaluate(config(task=task, loss_only=True), loaded)
+    assert alone.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert [item["loss_tokens"] for item in alone.items] == [item["loss_tokens"] for item in whole.items]
+    assert whole.accuracy is not None
+    assert (alone.accuracy, alone.accuracy_stderr, alone.accuracies, alone.groups) == (None, None, {}, {})
+
+
 @pytest.fixture
 def functions(tmp_path: Path) -> str:
     """A folder with two functions to write, in the format of HumanEval."""
@@ -256,6 +269,12 @@ def test_drawn_programs_repeat_with_the_seed(
 def test_programs_are_not_run_unless_told(config: Callable[..., EvalConfig], functions: str) -> None:
     with pytest.raises(UserError, match="'humaneval' runs programs that the model writes: add --allow-code-execution"):
         evaluate(config(task="humaneval", data_dir=functions))
+
+
+def test_the_loss_on_programs_needs_none_to_run(config: Callable[..., EvalConfig], functions: str) -> None:
+    record = evaluate(config(task="humaneval", data_dir=functions, loss_only=True))
+    assert record.loss is not None
+    assert record.accuracy is None
 
 
 def test_programs_are_not_run_where_they_cannot_be_isolated(

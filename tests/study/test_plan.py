@@ -67,6 +67,21 @@ def test_merges_of_some_methods_only(save: Save) -> None:
     assert {cell.method for cell in found.values() if cell.merge} == {"fly"}
 
 
+def test_merges_may_be_evaluated_otherwise_than_adapters(save: Save) -> None:
+    merges = {"average": {"method": "average", "evaluation": {"loss_only": True, "limit": 2}}}
+    study, found = planned(StudyOptions(str(save(merges=merges))))
+    configs = {cell.name: cell.config for cell in found if cell.kind == "eval"}
+    single, merged = (
+        configs[f"seed0/llama/fly/{place}-vowels"] for place in ("vowels/eval", "merge-average/eval-vowels")
+    )
+    assert (single["loss_only"], single["limit"]) == (False, 3)
+    assert (merged["loss_only"], merged["limit"]) == (True, 2)
+    tokens = Sizes(study, {}).of(found)
+    assert tokens["seed0/llama/fly/merge-average/eval-vowels-vowels"].tokens == 2 * 64  # nothing is generated
+    _, found = planned(StudyOptions(str(save(merges=merges)), eval_limit=1))
+    assert {cell.config["limit"] for cell in found if cell.kind == "eval"} == {1}
+
+
 def test_a_selection_brings_what_it_needs(save: Save) -> None:
     every = plan(load_study(save()))
     chosen = [cell.name for cell in select(every, "*fly*merge-average/eval-vowels-*")]

@@ -25,6 +25,7 @@ from flylora.records import adapter_fingerprint, read_record
 from flylora.tasks import load_task
 from flylora.training import TrainConfig, train
 from flylora.training.callbacks import RunCallback
+from flylora.training.fit import _AdapterTrainer
 from flylora.training.interrupt import TrainingInterrupted
 from flylora.training.record import TrainRecord
 
@@ -403,6 +404,37 @@ def test_memory_savers_do_not_change_what_is_learnt(
     train(config(out=str(tmp_path / "a"), adapter=no_dropout))
     train(config(out=str(tmp_path / "b"), adapter=no_dropout, **changes))
     assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["flylora", "lora"])
+def test_the_loss_and_what_is_learnt_are_those_of_trl(
+    config: Callable[..., TrainConfig], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = {"flylora": {"r": 8, "k": 2, "dropout": 0.0}, "lora": {"r": 2, "lora_dropout": 0.0}}[method]
+    train(config(out=str(tmp_path / "a"), method=method, adapter=adapter))
+    monkeypatch.delattr(_AdapterTrainer, "compute_loss")
+    train(config(out=str(tmp_path / "b"), method=method, adapter=adapter))
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "b"))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_pads_its_micro_batches_by_length(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    original = _AdapterTrainer.compute_loss
+
+    def seen(self: _AdapterTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(_AdapterTrainer, "compute_loss", seen)
+    train(config())
+    steps = [shapes[at : at + 2] for at in range(0, len(shapes), 2)]
+    assert all(first[1] >= second[1] for first, second in steps)
+    assert any(first[1] > second[1] for first, second in steps)
 
 
 def test_a_bfloat16_base_is_adapted_in_float32(config: Callable[..., TrainConfig], tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ class EvalConfig:
         max_new_tokens: Longest generation in tokens; the task's own if left out.
         samples: Programs to draw for each item, for tasks whose answers are programs.
         temperature: Of drawing them; 0 for the most likely one.
+        loss_only: Measure the loss on the gold answers alone: generate nothing, compare no choices, run no programs.
         allow_code_execution: Run the programs that the model writes, in a sandbox; tasks of that kind need it.
         choice_score: How multiple choice compares answers: log-likelihood (sum), or divided by length (per_byte).
         chat_template: Whether prompts go through the tokenizer's chat template; the task's own choice if left out.
@@ -49,6 +50,7 @@ class EvalConfig:
     max_new_tokens: int | None = None
     samples: int = 1
     temperature: float = 0.0
+    loss_only: bool = False
     allow_code_execution: bool = False
     choice_score: ChoiceScore = "sum"
     chat_template: bool | None = None
@@ -63,6 +65,8 @@ class EvalConfig:
             raise UserError("No task is given: name one with --task, or one of lm-evaluation-harness with --lm-eval.")
         if self.task is not None and self.lm_eval is not None:
             raise UserError("Both task and lm_eval are given: evaluate them one after the other.")
+        if self.lm_eval is not None and self.loss_only:
+            raise UserError("loss_only is for tasks of ours, not for lm-evaluation-harness: leave it out.")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UserError(f"temperature must be at least 0, not {self.temperature:g}.")
         if self.samples > 1 and self.temperature == 0:

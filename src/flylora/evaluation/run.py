@@ -86,7 +86,8 @@ def run(config: EvalConfig, loaded: LoadedModel | None = None) -> EvalRecord:
     """Evaluates a model, with or without an adapter, on one split of a task.
 
     Multiple choice is answered by log-likelihood, other tasks by greedy generation and the task's extractor, or by
-    programs that are run against tests. The loss on the gold completion is always measured.
+    programs that are run against tests. The loss on the gold completion is always measured, and nothing else with
+    ``config.loss_only``.
 
     Args:
         config: Settings.
@@ -123,7 +124,7 @@ def run(config: EvalConfig, loaded: LoadedModel | None = None) -> EvalRecord:
 
 
 def _check_kind(task: Task, config: EvalConfig) -> None:
-    if task.kind == "code":
+    if task.kind == "code" and not config.loss_only:
         if not config.allow_code_execution:
             raise UserError(
                 f"The task '{task.name}' runs programs that the model writes: add --allow-code-execution to allow that "
@@ -170,12 +171,13 @@ def _evaluate(
         torch.manual_seed(config.seed)
         active, notes = about_adapter(model, config, loaded, _probe(setting, examples))
         scored = [_Scored(example) for example in examples]
-        if task.kind == "choice":
+        kind = "loss" if config.loss_only else task.kind
+        if kind == "choice":
             _answer_choices(setting, scored)
         else:
-            if task.kind == "generate":
+            if kind == "generate":
                 _answer_by_generation(setting, scored)
-            elif task.kind == "code":
+            elif kind == "code":
                 _answer_by_programs(setting, scored)
             _measure_loss(setting, scored)
     return _summary(config, task, loaded, origin, fingerprint, active, notes, scored, time.monotonic() - started)
@@ -327,7 +329,7 @@ def _summary(
     scored: list[_Scored],
     seconds: float,
 ) -> EvalRecord:
-    has_accuracy = task.kind != "loss"
+    has_accuracy = task.kind != "loss" and not config.loss_only
     too_long = [s.example.id for s in scored if (s.score is None if has_accuracy else s.log_likelihoods is None)]
     if too_long:
         notes = [*notes, f"{len(too_long)} items do not fit in the model's context and count as wrong."]

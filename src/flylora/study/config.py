@@ -114,11 +114,13 @@ class MergeSpec:
     Args:
         method: As for ``flylora merge``.
         options: Other options of ``flylora merge``, such as density, ridge, texts or rounds.
+        evaluation: Settings of evaluation that these merges alone have, e.g. loss_only.
         methods: Labels of the methods whose adapters to merge; all if left out.
     """
 
     method: MethodName
     options: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
     methods: list[str] | None = None
 
 
@@ -289,14 +291,15 @@ class Study:
         )
         return dataclasses.replace(config, seed=seed, adapter={**config.adapter, **seeds})
 
-    def eval_config(self, model: str, task: str, evaluation: str) -> EvalConfig:
-        """The evaluation of the base model on one task."""
+    def eval_config(self, model: str, task: str, evaluation: str, merge: str | None = None) -> EvalConfig:
+        """The evaluation of the base model on one task, or of a merge, with the adapter's folder still to be chosen."""
         where = self.tasks[task]
         return typed(
             EvalConfig,
             {
                 **self.evaluation,
                 **where.evaluation,
+                **({} if merge is None else self.merges[merge].evaluation),
                 "model": self.models[model].name,
                 "task": where.evaluations[evaluation],
                 "data_dir": where.data_dir or self.data_dir,
@@ -435,6 +438,10 @@ def narrowed(study: Study, options: StudyOptions) -> Study:
         changes["tasks"] = {
             label: dataclasses.replace(t, evaluation={**t.evaluation, **evaluation}) for label, t in tasks.items()
         }
+        changes["merges"] = {
+            label: dataclasses.replace(m, evaluation={**m.evaluation, **evaluation})
+            for label, m in study.merges.items()
+        }
     return dataclasses.replace(study, **changes)
 
 
@@ -561,6 +568,7 @@ def _check(study: Study) -> None:
             raise UserError(f"Two evaluations of {label} have the same name: keep one.")
     for label, merge in study.merges.items():
         _check_settings(f"the options of {label}", merge.options, _NOT_MERGE)
+        _check_settings(f"the evaluation of {label}", merge.evaluation, _NOT_EVALUATION)
         _check_labels(f"the merge {label}", "methods", merge.methods or [], study.methods)
     if study.merges and len(study.tasks) < 2:
         raise UserError("There is one task, so there is nothing to merge: leave merges out, or add a task.")
@@ -628,6 +636,9 @@ def _check_values(study: Study) -> None:
             study.eval_config(model, label, evaluation)
     for label in study.merges:
         study.merge_config(model, label, seed)
+        for task in study.tasks:
+            for evaluation in study.tasks[task].evaluations:
+                study.eval_config(model, task, evaluation, label)
     for override in study.overrides:
         study.train_config(
             override.model or model, override.method or method, override.task or next(iter(study.tasks)), seed

@@ -189,7 +189,7 @@ def _merges(study: Study, model: str, method: str, seed: int) -> Iterator[Cell]:
             yield Cell(
                 f"{place}/eval-{task}-{evaluation}",
                 "eval",
-                dataclasses.asdict(study.eval_config(model, task, evaluation)),
+                dataclasses.asdict(study.eval_config(model, task, evaluation, label)),
                 (f"{place}/merge",),
                 model,
                 method,
@@ -301,6 +301,8 @@ class Sizes:
         items = _shorter(shape.items, cell.config["limit"])
         if items is None or shape.tokens is None:
             return None
+        if cell.config["loss_only"]:
+            return items * shape.tokens
         generated = shape.generated and (cell.config["max_new_tokens"] or shape.generated)
         return items * (shape.tokens * shape.readings + generated * cell.config["samples"])
 

@@ -289,7 +289,7 @@ def is_papers_setup(study: Study, stated: PaperFigures, spot: Spot) -> bool:
     assert study.paper is not None
     setup = study.paper.setup
     training = study.train_config(spot.model, spot.method, spot.task, study.seeds[0])
-    evaluation = study.eval_config(spot.model, spot.task, spot.evaluation)
+    evaluation = study.eval_config(spot.model, spot.task, spot.evaluation, spot.merge or None)
     settings = {**setup.train, **setup.tasks.get(spot.task, {})}
     adapter = setup.methods.get(stated.method, {})
     return (

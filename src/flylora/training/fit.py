@@ -228,8 +228,8 @@ class _AdapterTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss. Its head scores every position of a batch wherever there is no Triton, prompts and padding too, by
-        which a step on a CPU takes half as long again; there the same number is computed from what is learnt."""
+        """TRL's loss. Where there is no Triton, TRL scores every position of a batch, prompts and padding too; on a CPU
+        the same number is computed from the labelled ones alone."""
         elsewhere = inputs["input_ids"].device.type != "cpu" or self.accelerator.num_processes > 1
         if elsewhere or return_outputs or self.aux_loss_enabled:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
