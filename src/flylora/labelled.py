@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -25,17 +27,28 @@ def labelled_logits(
     Returns:
         Logits (n, vocabulary) in float32 and the n labels they are for, row by row, and how many each row has (batch,).
     """
-    targets = labels[:, 1:]
-    # The last logits predict nothing. Prompts before the first label need none either.
-    first = int((targets != IGNORED).any(0).int().argmax())
-    keep = targets.shape[1] - first + 1
-    short = {"logits_to_keep": keep} if _may_skip(model) else {}
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **short).logits
-    targets = targets[:, first:]
-    asked = targets != IGNORED
-    return logits[:, -keep:-1][asked].float(), targets[asked], asked.sum(1)
+    asked = labels[:, 1:] != IGNORED
+    with _head_reads(model, asked):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    return logits[0].float(), labels[:, 1:][asked], asked.sum(1)
 
 
-def _may_skip(model: PreTrainedModel | PeftModel) -> bool:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+@contextmanager
+def _head_reads(model: PreTrainedModel | PeftModel, asked: torch.Tensor) -> Iterator[None]:
+    """While open, the head of the model gets the hidden states of some positions alone, as a batch of one row.
+
+    Args:
+        model: Its output embedding takes hidden states (batch, length, width).
+        asked: (batch, length - 1), true where the next token is asked for.
+    """
+
+    def select(head: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *others = args
+        # Prompt methods put virtual tokens before the first.
+        return hidden[:, -asked.shape[1] - 1 : -1][asked].unsqueeze(0), *others
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
