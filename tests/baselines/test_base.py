@@ -215,6 +215,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("sora", {"target_modules": ".*q", "layers_to_transform": 0}, r"layers_to_transform cannot be combined"),
     ("splitlora", {"experts": 3}, r"r is 8, which 3 experts cannot share evenly"),
     ("splitlora", {"k": 5}, r"k is 5 but there are 4 experts"),
+    ("splitlora", {"groups": 3}, r"There are 4 experts, which do not make 3 equal groups"),
+    ("splitlora", {"groups": 2, "k": 3}, r"k is 3 but there are 2 experts in a group"),
     ("splitlora", {"experts": 0}, r"experts is 0, but must be a whole number"),
     ("hydralora", {"experts": 1.5}, r"experts is 1\.5"),
     ("lori", {"density": 0.0}, r"density is 0\.0, but must be a number in \(0, 1\]"),

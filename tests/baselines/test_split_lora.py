@@ -10,9 +10,11 @@ from flylora.baselines import SplitLoraConfig
 from reference import baselines as reference
 
 
-@pytest.mark.parametrize(("experts", "k"), [(1, 1), (2, 1), (4, 2), (8, 3), (8, 8)])
-def test_output_and_gradients_equal_the_reference(experts: int, k: int) -> None:
-    model, layer = adapted("splitlora", experts=experts, k=k)
+@pytest.mark.parametrize(
+    ("experts", "k", "groups"), [(1, 1, 1), (2, 1, 1), (4, 2, 1), (8, 3, 1), (8, 8, 1), (8, 1, 2), (8, 2, 4), (4, 1, 4)]
+)
+def test_output_and_gradients_equal_the_reference(experts: int, k: int, groups: int) -> None:
+    model, layer = adapted("splitlora", experts=experts, k=k, groups=groups)
     x, grad = torch.randn(2, 5, 12, requires_grad=True), torch.randn(2, 5, 10)
     a, b, router = (getattr(layer, f"splitlora_{name}")["default"] for name in ("A", "B", "router"))
     base = layer.get_base_layer()
@@ -25,6 +27,7 @@ def test_output_and_gradients_equal_the_reference(experts: int, k: int) -> None:
         k,
         6 / 8,
         array(grad).reshape(10, 10),
+        groups,
     )
     out = model(x)
     out.backward(grad)
@@ -39,6 +42,8 @@ def test_the_gate_weights_k_experts_and_no_others() -> None:
     assert (gate != 0).any(dim=0).all()  # and which ones differs
 
 
-@pytest.mark.parametrize(("experts", "k"), [(1, 1), (4, 1), (8, 2), (16, 4), (32, 8)])
-def test_a_quarter_of_the_ranks_acts_unless_told_otherwise(experts: int, k: int) -> None:
-    assert SplitLoraConfig(r=32, experts=experts).active_experts == k
+@pytest.mark.parametrize(
+    ("experts", "groups", "k"), [(1, 1, 1), (4, 1, 1), (8, 1, 2), (16, 1, 4), (32, 1, 8), (32, 2, 4)]
+)
+def test_a_quarter_of_the_ranks_acts_unless_told_otherwise(experts: int, groups: int, k: int) -> None:
+    assert SplitLoraConfig(r=32, experts=experts, groups=groups).active_in_group == k

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import flylora
 from conftest import make_model
+from flylora.baselines.split_lora import SplitLoraConfig
 from flylora.merging.adapters import SavedAdapter, read_adapter
 
 INPUTS = 24
@@ -24,7 +25,7 @@ def randomise(model: torch.nn.Module, seed: int, scale: float = 0.2) -> None:
     """Give an adapter a B, LoRA's A and a routing bias that training could have given it."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "flylora_B" in name or "lora_" in name:
+        if "flylora_B" in name or "lora_" in name:  # splitlora_ too
             parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
     for module in model.modules():
         for steps in getattr(module, "flylora_d", {}).values():
@@ -40,7 +41,7 @@ def save(tmp_path: Path) -> Save:
         randomise(model, seed)
         config.base_model_name_or_path = base
         model.save_pretrained(str(tmp_path / name), save_embedding_layers=False)
-        return read_adapter(tmp_path / name)
+        return read_adapter(tmp_path / name, ("flylora", "lora", "splitlora"))
 
     return _save
 
@@ -53,6 +54,12 @@ def fly(**fields: Any) -> flylora.FlyLoraConfig:
 
 def lora(**fields: Any) -> peft.LoraConfig:
     return peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **fields})
+
+
+def split(**fields: Any) -> SplitLoraConfig:
+    return SplitLoraConfig(
+        **{"r": 8, "experts": 4, "k": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **fields}
+    )
 
 
 def outputs(path: Path) -> dict[str, Tensor]:

@@ -264,7 +264,7 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(save: Save, tmp_pat
     out = tmp_path / "out"
     cases: list[tuple[list[SavedAdapter], str, dict[str, Any], str]] = [
         ([a, b], "factor_average", {}, "cross terms"),
-        ([a, plain], "average", {}, "one routes and one does not"),
+        ([a, plain], "average", {}, "they do not route alike"),
         ([a, other_base], "average", {}, "tiny and .* on another"),
         ([a, b], "average", {"weights": [1.0, -1.0]}, "sum to 0"),
         ([a, b], "average", {"weights": [1.0]}, "1 weights for 2 adapters"),

@@ -51,9 +51,17 @@ def gated_ranks(tokens: Array, weight: Array, A: Array, B: Array, gates: Array, 
 
 
 def split_lora(
-    tokens: Array, weight: Array, A: Array, B: Array, router: Array, k: int, s: float, grad_output: Array
+    tokens: Array,
+    weight: Array,
+    A: Array,
+    B: Array,
+    router: Array,
+    k: int,
+    s: float,
+    grad_output: Array,
+    groups: int = 1,
 ) -> Result:
-    """out = W x + s sum_e G_e B_e A_e x, G = sigmoid of the k largest of W_g x and 0 elsewhere."""
+    """out = W x + s sum_e G_e B_e A_e x, G = sigmoid of the k largest of W_g x in each group and 0 elsewhere."""
     result = Result()
     experts = len(router)
     size = len(A) // experts
@@ -61,7 +69,11 @@ def split_lora(
         out, grad_x = weight @ x, weight.T @ g
         grad_A, grad_B, grad_router = np.zeros_like(A), np.zeros_like(B), np.zeros_like(router)
         logits = [float(row @ x) for row in router]
-        for e in sorted(range(experts), key=lambda e: -logits[e])[:k]:
+        chosen = []
+        for group in range(groups):
+            members = range(group * experts // groups, (group + 1) * experts // groups)
+            chosen += sorted(members, key=lambda e: -logits[e])[:k]
+        for e in chosen:
             gate = sigmoid(logits[e])
             total = 0.0
             for i in range(e * size, (e + 1) * size):

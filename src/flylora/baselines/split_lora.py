@@ -23,7 +23,9 @@ class SplitLoraConfig(BaselineConfig):
     Args:
         r: total rank, of all experts together.
         experts: N, from one to r: 4 with r 32 is the paper's 4 x 8, 32 its 32 x 1.
-        k: experts that act on a token. None: a quarter of them, at least one, so that r / 4 ranks act.
+        k: experts of a group that act on a token. None: a quarter of the group, at least one, so that r / 4 ranks act.
+        groups: parts of equal size that the experts fall into, each with a top-k of its own. More than one is what
+            merging makes: every input keeps its routing.
     """
 
     method: ClassVar[str] = "splitlora"
@@ -31,23 +33,34 @@ class SplitLoraConfig(BaselineConfig):
     r: int = field(default=32, metadata={"help": "Total rank, of all experts together."})
     experts: int = field(default=4, metadata={"help": "Number of experts; it divides r."})
     k: Optional[int] = field(
-        default=None, metadata={"help": "Experts that act on a token. None: a quarter of them, at least one."}
+        default=None,
+        metadata={"help": "Experts of a group that act on a token. None: a quarter of them, at least one."},
     )
+    groups: int = field(default=1, metadata={"help": "Parts of the experts that are routed apart; it divides experts."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive_int("experts", self.experts)
         if self.r % self.experts:
             raise UserError(f"r is {self.r}, which {self.experts} experts cannot share evenly: choose a multiple.")
+        check_positive_int("groups", self.groups)
+        if self.experts % self.groups:
+            raise UserError(f"There are {self.experts} experts, which do not make {self.groups} equal groups.")
         if self.k is not None:
             check_positive_int("k", self.k)
-            if self.k > self.experts:
-                raise UserError(f"k is {self.k} but there are {self.experts} experts: choose k <= experts.")
+            if self.k > self.group_size:
+                inside = "" if self.groups == 1 else " in a group"
+                raise UserError(f"k is {self.k} but there are {self.group_size} experts{inside}: choose no more.")
 
     @property
-    def active_experts(self) -> int:
+    def group_size(self) -> int:
+        """Experts in a group."""
+        return self.experts // self.groups
+
+    @property
+    def active_in_group(self) -> int:
         """k, with its default filled in."""
-        return max(1, self.experts // 4) if self.k is None else self.k
+        return max(1, self.group_size // 4) if self.k is None else self.k
 
 
 class SplitLoraLinear(BaselineLinear):
@@ -74,15 +87,17 @@ class SplitLoraLinear(BaselineLinear):
         return (codes * weights) @ (self.splitlora_B[adapter] * self.scaling[adapter]).t()
 
     def gate(self, adapter: str, x: Tensor) -> Tensor:
-        """G(x), (..., N): sigmoid of the k largest router outputs and 0 elsewhere; x is (..., n)."""
-        logits = x @ self.splitlora_router[adapter].t()
-        kept, chosen = logits.topk(self.configs[adapter].active_experts, dim=-1)
-        return torch.zeros_like(logits).scatter(-1, chosen, kept.sigmoid())
+        """G(x), (..., N): sigmoid of the k largest router outputs of each group and 0 elsewhere; x is (..., n)."""
+        config = self.configs[adapter]
+        logits = (x @ self.splitlora_router[adapter].t()).unflatten(-1, (config.groups, config.group_size))
+        kept, chosen = logits.topk(config.active_in_group, dim=-1)
+        return torch.zeros_like(logits).scatter(-1, chosen, kept.sigmoid()).flatten(-2)
 
     def active_parameters(self, adapter: str, n: float, m: float) -> float:
         """The chosen experts' rows and columns, and the whole router."""
         config = self.configs[adapter]
-        return config.active_experts * config.r // config.experts * (n + m) + config.experts * n
+        active = config.groups * config.active_in_group
+        return active * config.r // config.experts * (n + m) + config.experts * n
 
 
 class SplitLoraModel(BaselineModel):

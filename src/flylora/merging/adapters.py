@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import functional
+from ..baselines.split_lora import SplitLoraConfig
 from ..errors import UserError
 from ..functional import Block, SparseProjection
 from ..records import adapter_fingerprint, saving
@@ -37,15 +38,21 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 
-Kind = Literal["flylora", "lora"]
+Kind = Literal["flylora", "lora", "splitlora"]
 
+KIND_NAMES: dict[Kind, str] = {"flylora": "FlyLoRA", "lora": "LoRA", "splitlora": "Split-LoRA"}
+
+_UP: dict[Kind, str] = {"flylora": "flylora_B", "lora": "lora_B.weight", "splitlora": "splitlora_B"}
+_DOWN: dict[Kind, str] = {"lora": "lora_A.weight", "splitlora": "splitlora_A"}
 _REQUIRED: dict[Kind, tuple[str, ...]] = {
     "flylora": ("flylora_B", "flylora_d", "flylora_seed", "flylora_fingerprint"),
     "lora": ("lora_A.weight", "lora_B.weight"),
+    "splitlora": ("splitlora_A", "splitlora_B", "splitlora_router"),
 }
 _OPTIONAL: dict[Kind, tuple[str, ...]] = {
     "flylora": ("flylora_A_values", "flylora_A_columns", "flylora_steps"),
     "lora": (),
+    "splitlora": (),
 }
 
 # Initialisations of PEFT's LoRA that change the base weights, so that B A alone is not the whole update.
@@ -213,13 +220,13 @@ class SavedAdapter:
     """An adapter folder: its config, what its file holds by the header alone, and its modules on demand.
 
     Attributes:
-        path: the folder. kind: ``flylora`` or ``lora``. config: its PEFT config.
+        path: the folder. kind: ``flylora``, ``lora`` or ``splitlora``. config: its PEFT config.
         shapes: for each module, the shape of each of its tensors by the tensor's name.
     """
 
     path: Path
     kind: Kind
-    config: FlyLoraConfig | LoraConfig
+    config: FlyLoraConfig | LoraConfig | SplitLoraConfig
     shapes: dict[str, dict[str, tuple[int, ...]]] = field(repr=False)
     _in_features: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
 
@@ -236,7 +243,7 @@ class SavedAdapter:
     @property
     def stores_projection(self) -> bool:
         """Whether the file holds A rather than the seeds alone."""
-        return self.kind == "lora" or any("flylora_A_values" in tensors for tensors in self.shapes.values())
+        return self.kind in _DOWN or any("flylora_A_values" in tensors for tensors in self.shapes.values())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -250,11 +257,11 @@ class SavedAdapter:
 
     def out_features(self, module: str) -> int:
         """m of a module."""
-        return self.shapes[module]["flylora_B" if self.kind == "flylora" else "lora_B.weight"][0]
+        return self.shapes[module][_UP[self.kind]][0]
 
     def rank(self, module: str) -> int:
         """r of a module, over all blocks."""
-        return self.shapes[module]["flylora_B" if self.kind == "flylora" else "lora_B.weight"][1]
+        return self.shapes[module][_UP[self.kind]][1]
 
     def blocks(self, module: str) -> tuple[BlockConfig, ...]:
         """The blocks of a module; empty for a LoRA."""
@@ -264,6 +271,8 @@ class SavedAdapter:
         """s of a module: alpha / r, or alpha / sqrt(r) with ``use_rslora``."""
         if isinstance(self.config, FlyLoraConfig):
             return self.config.scaling_at(module)
+        if isinstance(self.config, SplitLoraConfig):
+            return self.config.scaling
         rank = self.rank(module)
         alpha = pattern_value(self.config.alpha_pattern or {}, module, self.config.lora_alpha)
         return float(alpha / (rank**0.5 if self.config.use_rslora else rank))
@@ -274,8 +283,8 @@ class SavedAdapter:
         A FlyLoRA file does not hold n. It is found as the out_features of some other adapted module (or the hint) for
         which the seed gives the fingerprint; a wrong guess cannot pass.
         """
-        if self.kind == "lora":
-            return self.shapes[module]["lora_A.weight"][1]
+        if self.kind in _DOWN:
+            return self.shapes[module][_DOWN[self.kind]][1]
         if module not in self._in_features:
             factors = self.small(module)
             widths = sorted({self.out_features(other) for other in self.modules})
@@ -315,11 +324,10 @@ class SavedAdapter:
 
     def small(self, module: str) -> ModuleFactors:
         """The factors of one module without B (an empty B of the right shape on the meta device): what identifies A."""
-        present = [name for name in self.shapes[module] if name not in ("flylora_B", "lora_A.weight", "lora_B.weight")]
-        tensors = self._read(module, present)
-        for name in ("flylora_B", "lora_A.weight", "lora_B.weight"):
-            if name in self.shapes[module]:
-                tensors[name] = torch.empty(self.shapes[module][name], device="meta")
+        large = {_UP[self.kind], _DOWN.get(self.kind)}
+        tensors = self._read(module, [name for name in self.shapes[module] if name not in large])
+        for name in self.shapes[module].keys() & large:
+            tensors[name] = torch.empty(self.shapes[module][name], device="meta")
         return self._assemble(module, tensors)
 
     def _read(self, module: str, names: Iterable[str]) -> dict[str, Tensor]:
@@ -329,8 +337,8 @@ class SavedAdapter:
             raise UserError(f"{self.path / WEIGHTS_FILE} cannot be read ({error}): get the adapter again.") from error
 
     def _assemble(self, module: str, tensors: Mapping[str, Tensor]) -> ModuleFactors:
-        if self.kind == "lora":
-            down, up = tensors["lora_A.weight"], tensors["lora_B.weight"]
+        if self.kind in _DOWN:
+            down, up = tensors[_DOWN[self.kind]], tensors[_UP[self.kind]]
             steps = torch.zeros(up.shape[1], dtype=torch.int32)
             n = int(down.shape[1])
             return ModuleFactors(module, up, self.scaling(module), (), (), (), steps, down, n)
@@ -349,20 +357,27 @@ class SavedAdapter:
             self._in_features.get(module),
         )
 
+    def router(self, module: str) -> Tensor:
+        """W_g (N, n) of a Split-LoRA adapter in one module."""
+        return self._read(module, ["splitlora_router"])["splitlora_router"]
+
     def with_in_features(self, factors: ModuleFactors, hint: int | None = None) -> ModuleFactors:
         """The factors with n looked up, where it can be."""
         return replace(factors, in_features=self.in_features(factors.name, hint))
 
 
-def read_adapter(path: str | Path) -> SavedAdapter:
+def read_adapter(path: str | Path, kinds: Collection[Kind] = ("flylora", "lora")) -> SavedAdapter:
     """Open an adapter folder that flylora or PEFT (LoRA) wrote; tensors are read later, module by module.
+
+    Args:
+        path: the folder. kinds: what it may be.
 
     Raises:
         UserError: the folder, its config or its file is missing, damaged, inconsistent, or of a kind that is not B A.
     """
     path = Path(path)
-    config = _read_config(path)
-    kind: Kind = "flylora" if isinstance(config, FlyLoraConfig) else "lora"
+    config = _read_config(path, kinds)
+    kind = _kind_of(config)
     if isinstance(config, LoraConfig):
         _refuse_lora_variants(path, config)
     if config.modules_to_save:
@@ -376,7 +391,11 @@ def read_adapter(path: str | Path) -> SavedAdapter:
     return adapter
 
 
-def _read_config(path: Path) -> FlyLoraConfig | LoraConfig:
+def _kind_of(config: PeftConfig) -> Kind:
+    return "flylora" if isinstance(config, FlyLoraConfig) else "lora" if isinstance(config, LoraConfig) else "splitlora"
+
+
+def _read_config(path: Path, kinds: Collection[Kind]) -> FlyLoraConfig | LoraConfig | SplitLoraConfig:
     file = path / CONFIG_FILE
     if not path.is_dir():
         raise UserError(
@@ -389,9 +408,10 @@ def _read_config(path: Path) -> FlyLoraConfig | LoraConfig:
         peft_type = body["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is not a readable adapter config ({error!r}): get the adapter again.") from error
-    if peft_type not in ("FLYLORA", "LORA"):
+    if str(peft_type).lower() not in kinds:
+        *others, last = (KIND_NAMES[kind] for kind in kinds)
         raise UserError(
-            f"{path} is a {peft_type} adapter, but only FlyLoRA and LoRA adapters can be merged or exported."
+            f"{path} is a {peft_type} adapter, but only {', '.join(others)} and {last} adapters can be used here."
         )
     try:
         config = PeftConfig.from_peft_type(**body)
@@ -399,7 +419,7 @@ def _read_config(path: Path) -> FlyLoraConfig | LoraConfig:
         raise UserError(f"{file} does not describe a usable adapter: {error}") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"{file} does not describe a usable adapter ({error}): get the original.") from error
-    assert isinstance(config, (FlyLoraConfig, LoraConfig))
+    assert isinstance(config, (FlyLoraConfig, LoraConfig, SplitLoraConfig))
     return config
 
 
@@ -441,8 +461,7 @@ def _read_header(path: Path, kind: Kind) -> dict[str, dict[str, tuple[int, ...]]
         tensor = next((name for name in known if key.endswith(f".{name}")), None)
         if tensor is None or not key.startswith(KEY_PREFIX):
             raise UserError(
-                f"{file} holds the tensor '{key}', which is no factor of a "
-                f"{'FlyLoRA' if kind == 'flylora' else 'LoRA'} on a "
+                f"{file} holds the tensor '{key}', which is no factor of a {KIND_NAMES[kind]} on a "
                 "linear layer: adapters on other layers or with further trained parts cannot be merged or exported."
             )
         modules.setdefault(key.removeprefix(KEY_PREFIX).removesuffix(f".{tensor}"), {})[tensor] = shape
@@ -477,6 +496,9 @@ def _check_module(adapter: SavedAdapter, module: str) -> None:
             )
         found: Any = (down[0], up[1])
         wanted: Any = (expected, expected)
+    elif isinstance(adapter.config, SplitLoraConfig):
+        found = (shapes["splitlora_A"][0], shapes["splitlora_B"][1], shapes["splitlora_router"][0])
+        wanted = (adapter.config.r, adapter.config.r, adapter.config.experts)
     else:
         blocks = adapter.blocks(module)
         ranks = sum(block.r for block in blocks)

@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from ..baselines.split_lora import SplitLoraConfig
 from ..errors import UserError
 from ..tuner.config import FlyLoraConfig
 from ..tuner.layer import ProjectionState, identity_tensors
-from .adapters import KEY_PREFIX, WEIGHTS_FILE, SavedAdapter, TensorFile, new_folder, save_config
+from .adapters import KEY_PREFIX, WEIGHTS_FILE, Kind, SavedAdapter, TensorFile, new_folder, save_config
 from .layout import Layout, MergedIdentity, ModuleLayout, check_compatible, merged_down, merged_identity, plan
 from .methods import (
     Update,
@@ -99,7 +100,7 @@ def merge_to(
     """Merge adapters into a new folder; nothing appears under its name before all is written.
 
     Args:
-        out: the folder. adapters: the inputs, all FlyLoRA or all LoRA.
+        out: the folder. adapters: the inputs, all of one kind.
         spec: how. statistics: for least squares.
         base_model: the name to give the base model, and the user's word that it is that of all inputs.
         extra: called with the temporary folder and the report at the end, to write more files into it.
@@ -412,9 +413,56 @@ class _LoraWorker(_Worker):
         return up, down
 
 
+class _SplitLoraWorker(_Worker):
+    """The result is a Split-LoRA adapter: every input's experts are a group with their own router."""
+
+    def prepare(self) -> None:
+        configs = [adapter.config for adapter in self.layout.adapters]
+        self._configs = [config for config in configs if isinstance(config, SplitLoraConfig)]
+        self._rank = sum(config.r for config in self._configs)
+        self._experts = sum(config.experts for config in self._configs)
+
+    def config(self, base_model: str | None) -> PeftConfig:
+        first = self._configs[0]
+        config = copy.deepcopy(first)
+        _set_common(config, self.layout, base_model)
+        config.r, config.experts, config.k = self._rank, self._experts, first.active_in_group
+        config.groups = sum(each.groups for each in self._configs)
+        config.alpha = float(self._rank)
+        return config
+
+    def shapes(self, module: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        local, n = self._locals[module], self.layout.in_features(module)
+        shapes = {
+            "splitlora_A": (self._rank, n),
+            "splitlora_B": (local.out_features, self._rank),
+            "splitlora_router": (self._experts, n),
+        }
+        return {f"{KEY_PREFIX}{module}.{name}": (torch.float32, shape) for name, shape in shapes.items()}
+
+    def tensors(self, module: str) -> dict[str, Tensor]:
+        local = self._locals[module]
+        tensors = {
+            "splitlora_A": merged_down(self.layout, local),
+            "splitlora_B": self.weighted(local, 1.0),
+            "splitlora_router": torch.cat([adapter.router(module) for adapter in self.layout.adapters]),
+        }
+        return {f"{KEY_PREFIX}{module}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def check_method(row: Method, kind: Kind, rank: int | None) -> None:
+    """Raises a ``UserError`` for a method that cannot merge adapters of a kind."""
+    if kind == "splitlora" and (not row.exact or rank is not None):
+        raise UserError(
+            "Split-LoRA adapters can be merged by average or sum alone, without a rank: their routers are trained, so "
+            "their updates are neither matrices nor linear in codes that stay as they are."
+        )
+
+
 def _worker(
     row: Method, layout: Layout, spec: MergeSpec, weights: list[float], statistics: Statistics | None
 ) -> _Worker:
+    check_method(row, layout.kind, spec.rank)
     routed = layout.kind == "flylora" and (
         row.works_on == "codes" or (layout.is_shared and not row.common_basis and spec.rank is None)
     )
@@ -423,8 +471,9 @@ def _worker(
             f"rank cannot limit what {row.name} makes of FlyLoRA adapters, which keeps every input's routing: leave "
             "it out, or choose a method that makes a plain LoRA (e.g. ties)."
         )
-    report = MergeReport(weights=weights, routed=routed, shared=layout.is_shared)
-    kind = _RoutedWorker if routed else _LoraWorker
+    split = layout.kind == "splitlora"
+    report = MergeReport(weights=weights, routed=routed or split, shared=layout.is_shared)
+    kind = _RoutedWorker if routed else _SplitLoraWorker if split else _LoraWorker
     return kind(row, layout, spec, weights, statistics, report)
 
 

@@ -16,11 +16,12 @@ from peft import LoraConfig
 from torch import Tensor
 
 from .. import functional
+from ..baselines.split_lora import SplitLoraConfig
 from ..errors import UserError
 from ..functional import Block, SparseProjection
 from ..tuner.config import BlockConfig, FlyLoraConfig
 from ..tuner.layer import generate_block
-from .adapters import Kind, ModuleFactors, SavedAdapter
+from .adapters import KIND_NAMES, Kind, ModuleFactors, SavedAdapter
 
 Source = tuple[int, int]
 """An input by its position, and one of its blocks by its position (0 for a LoRA)."""
@@ -129,7 +130,7 @@ class Layout:
         slots, ranks, places, target = [], [], [], 0
         for slot in self.slots:
             present = [source for source in slot.sources if source[0] in factors]
-            if not present and self.kind == "lora":
+            if not present and self.kind != "flylora":
                 continue
             rank = 1
             for t, j in present:
@@ -204,7 +205,7 @@ def plan(adapters: Sequence[SavedAdapter], share: bool = True) -> Layout:
     """
     kind = adapters[0].kind
     modules = list(dict.fromkeys(module for adapter in adapters for module in adapter.modules))
-    if kind == "lora":
+    if kind != "flylora":
         slots = [Slot(None, ((t, 0),)) for t in range(len(adapters))]
         return Layout(tuple(adapters), kind, tuple(slots), tuple(modules))
     groups: list[tuple[BlockConfig, list[Source]]] = []
@@ -307,7 +308,7 @@ def merged_down(layout: Layout, local: ModuleLayout, hint: int | None = None) ->
             parts.append(functional.densify(generate_block(seed, replace(slot.block, r=rank), n), n))
             continue
         factors, t, j = present[0]
-        if layout.kind == "lora":
+        if layout.kind != "flylora":
             parts.append(layout.adapters[t].factors(local.name).down())
         else:
             parts.append(functional.densify(factors.block_projections(n)[j], n))
@@ -343,8 +344,8 @@ def check_compatible(adapters: Sequence[SavedAdapter], base_model: str | None = 
     for other in adapters[1:]:
         if other.kind != first.kind:
             raise UserError(
-                f"{first.path} is a {_KIND_NAMES[first.kind]} and {other.path} a {_KIND_NAMES[other.kind]} adapter: "
-                "one routes and one does not, so merge each kind on its own, or export the FlyLoRA adapter first."
+                f"{first.path} is a {KIND_NAMES[first.kind]} and {other.path} a {KIND_NAMES[other.kind]} adapter: "
+                "they do not route alike, so merge each kind on its own, or export the FlyLoRA adapters first."
             )
         if base_model is None and first.base_model != other.base_model and first.base_model and other.base_model:
             raise UserError(
@@ -359,12 +360,13 @@ def check_compatible(adapters: Sequence[SavedAdapter], base_model: str | None = 
         for module in first.modules:
             if module in other.shapes:
                 _check_shapes(first, other, module)
+        _check_experts(first, other)
 
 
 def _check_shapes(first: SavedAdapter, other: SavedAdapter, module: str) -> None:
     a: list[int | None] = [first.out_features(module)]
     b: list[int | None] = [other.out_features(module)]
-    if first.kind == "lora":
+    if first.kind != "flylora":
         a.append(first.in_features(module))
         b.append(other.in_features(module))
     if a != b:
@@ -374,12 +376,27 @@ def _check_shapes(first: SavedAdapter, other: SavedAdapter, module: str) -> None
         )
 
 
+def _check_experts(first: SavedAdapter, other: SavedAdapter) -> None:
+    """One config says how all experts of a merged Split-LoRA adapter are routed, in all modules."""
+    a, b = first.config, other.config
+    if not isinstance(a, SplitLoraConfig) or not isinstance(b, SplitLoraConfig):
+        return
+    shapes = [(c.r // c.experts, c.group_size, c.active_in_group) for c in (a, b)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"{first.path} and {other.path} have Split-LoRA experts of different rank, number or k: only alike ones "
+            "can be merged."
+        )
+    if set(first.modules) != set(other.modules):
+        raise UserError(
+            f"{first.path} and {other.path} adapt different modules, which Split-LoRA adapters cannot be merged from: "
+            "train them with the same target_modules."
+        )
+
+
 def _sizes(sizes: Sequence[int | None]) -> str:
     return " and ".join(f"{size} {side}" for size, side in zip(sizes, ("outputs", "inputs"), strict=False))
 
 
 def _orientation(adapter: SavedAdapter) -> bool:
     return isinstance(adapter.config, LoraConfig) and bool(adapter.config.fan_in_fan_out)
-
-
-_KIND_NAMES = {"flylora": "FlyLoRA", "lora": "LoRA"}

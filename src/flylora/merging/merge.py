@@ -17,10 +17,10 @@ from typing import Any
 from ..errors import UserError
 from ..models import LoadedModel
 from ..records import now, provenance, saving, write_record, write_text
-from .adapters import SavedAdapter, new_folder, read_adapter, refuse_existing
+from .adapters import Kind, SavedAdapter, new_folder, read_adapter, refuse_existing
 from .calibration import GramTable, Running, TaskStatistics, load_base, read_statistics, task_statistics
 from .config import MergeConfig
-from .engine import RIDGES, MergeReport, MergeSpec, Statistics, merge_to
+from .engine import RIDGES, MergeReport, MergeSpec, Statistics, check_method, merge_to
 from .layout import Layout, check_compatible, plan
 from .record import RECORD_NAME, MergeRecord
 from .retention import (
@@ -36,6 +36,8 @@ from .retention import (
 from .table import Method, effective_weights, method
 
 TABLE_NAME = "retention.md"
+
+MERGED_KINDS: tuple[Kind, ...] = ("flylora", "lora", "splitlora")
 
 SEARCH_SCALES = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 SEARCH_DENSITIES = (0.1, 0.2, 0.5, 0.9)
@@ -77,8 +79,9 @@ def merge_adapters(config: MergeConfig, loaded: LoadedModel | None = None) -> Me
     _check_options(config, row)
     out = Path(config.out)
     refuse_existing(out, config.overwrite)
-    adapters = [read_adapter(path) for path in config.adapters]
+    adapters = [read_adapter(path, MERGED_KINDS) for path in config.adapters]
     check_compatible(adapters, config.base_model)
+    check_method(row, adapters[0].kind, config.rank)
     job = _Job(config, row, adapters, plan(adapters, config.share), loaded)
     origin = provenance(seeds={"seed": config.seed}, data_sha256={}, model_sha256=loaded.sha256 if loaded else "")
     spec = MergeSpec(
@@ -114,7 +117,7 @@ def merge_adapters(config: MergeConfig, loaded: LoadedModel | None = None) -> Me
             weight_sum=sum(report.weights),
             routed=report.routed,
             shared=report.shared,
-            adapter_fingerprint=read_adapter(merged).fingerprint,
+            adapter_fingerprint=read_adapter(merged, MERGED_KINDS).fingerprint,
             parameters=_parameters(row, spec, report),
             measured=_measured(report),
             calibration=sources,

@@ -636,9 +636,9 @@ def _check_values(study: Study) -> None:
             study.eval_config(model, label, evaluation)
     for label in study.merges:
         study.merge_config(model, label, seed)
-        for task in study.tasks:
-            for evaluation in study.tasks[task].evaluations:
-                study.eval_config(model, task, evaluation, label)
+        for name, task in study.tasks.items():
+            for evaluation in task.evaluations:
+                study.eval_config(model, name, evaluation, label)
     for override in study.overrides:
         study.train_config(
             override.model or model, override.method or method, override.task or next(iter(study.tasks)), seed
