@@ -54,7 +54,14 @@ def test_a_searched_learning_rate_comes_from_its_cell(save: Save) -> None:
     search = {"task": "vowels", "rates": [0.1, 0.2], "steps": 3, "limit": 4, "methods": {"fly": [0.3, 0.4]}}
     found = cells(save(lr_search=search))
     choice = found["lr/llama/fly/choice"]
-    assert choice.needs == ("lr/llama/fly/0.3", "lr/llama/fly/0.4")
+    assert choice.needs == ("lr/llama/fly/0.3/validation", "lr/llama/fly/0.4/validation")
+    evaluation = found["lr/llama/fly/0.4/validation"]
+    assert evaluation.needs == ("lr/llama/fly/0.4",)
+    assert {key: evaluation.config[key] for key in ("split", "limit", "loss_only")} == {
+        "split": "validation",
+        "limit": 4,
+        "loss_only": True,
+    }
     trial = found["lr/llama/fly/0.4"].config
     assert (trial["lr"], trial["steps"], trial["eval_steps"], trial["eval_limit"]) == (0.4, 3, 3, 4)
     assert found["seed0/llama/fly/others/train"].needs == (choice.name,)

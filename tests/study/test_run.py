@@ -243,7 +243,7 @@ def test_the_learning_rate_with_the_least_validation_loss_is_used(save: Save) ->
     result = go(path, only="*/fly/*")
     by_name = {record.name: record for record in result.records}
     assert "lr/llama/lora/0.05" not in by_name  # it has a rate of its own
-    losses = {rate: by_name[f"lr/llama/fly/{rate}"].result["validation_loss"] for rate in ("1e-09", "0.05")}
+    losses = {rate: by_name[f"lr/llama/fly/{rate}/validation"].result["loss"] for rate in ("1e-09", "0.05")}
     chosen = by_name["lr/llama/fly/choice"].result
     assert chosen["lr"] == float(min(losses, key=lambda rate: losses[rate])) == 0.05
     for task in ("vowels", "others"):
@@ -251,6 +251,9 @@ def test_the_learning_rate_with_the_least_validation_loss_is_used(save: Save) ->
         assert by_name[f"seed0/llama/fly/{task}/train"].result["lr"] == 0.05
     assert "0.05 (at the edge" not in (result.folder / "results.md").read_text()
     assert "| fly | 1e-09:" in (result.folder / "results.md").read_text()
+    # What trials scored on the validation split is no result of the study.
+    figures = json.loads((result.folder / "results.json").read_text())["figures"]
+    assert {figure["evaluation"] for figure in figures if figure["task"]} == {"vowels", "others"}
 
 
 def test_least_squares_reads_texts_of_the_tasks(save: Save) -> None:

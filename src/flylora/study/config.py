@@ -309,6 +309,19 @@ class Study:
             f"evaluation on {task}",
         )
 
+    def trial_eval_config(self, model: str) -> EvalConfig:
+        """What a trial of the search for learning rates is judged by: the loss on validation items of every length."""
+        assert self.lr_search is not None
+        where = self.tasks[self.lr_search.task]
+        label = next(iter(where.evaluations))
+        return dataclasses.replace(
+            self.eval_config(model, self.lr_search.task, label),
+            task=where.train,
+            split="validation",
+            limit=self.lr_search.limit,
+            loss_only=True,
+        )
+
     def merge_config(self, model: str, merge: str, seed: int) -> MergeConfig:
         """A merge of one adapter a task, with the adapters' folders and ``out`` still to be chosen."""
         spec = self.merges[merge]

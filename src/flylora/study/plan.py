@@ -17,6 +17,9 @@ from flylora.tasks import Split, load_task, published_task_names
 
 CellKind = Literal["train", "choose", "eval", "merge"]
 
+VALIDATION = "validation"
+"""The last part of the name of a trial's evaluation, the rest of which is the trial's."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -112,19 +115,30 @@ def _search(study: Study, model: str) -> Iterator[Cell]:
     for method in study.methods:
         if all(study.has_own_lr(model, method, task) for task in study.tasks):
             continue
-        trials = []
+        evaluations = []
         for rate in search.candidates(method):
             name = f"lr/{model}/{method}/{rate:g}"
             config = _trial(study, search, model, method, rate)
-            trials.append(name)
             yield Cell(
                 name, "train", config, model=model, method=method, task=search.task, seed=search.seed, trial=True
+            )
+            evaluations.append(f"{name}/{VALIDATION}")
+            yield Cell(
+                evaluations[-1],
+                "eval",
+                dataclasses.asdict(study.trial_eval_config(model)),
+                (name,),
+                model=model,
+                method=method,
+                task=search.task,
+                seed=search.seed,
+                trial=True,
             )
         yield Cell(
             _choice(model, method),
             "choose",
             {},
-            tuple(trials),
+            tuple(evaluations),
             model=model,
             method=method,
             task=search.task,
@@ -139,7 +153,7 @@ def _trial(study: Study, search: LrSearch, model: str, method: str, rate: float)
         "lr": rate,
         "steps": search.steps,
         "epochs": None,
-        "eval_steps": search.steps,  # once, at the end
+        "eval_steps": search.steps,  # once, at the end, for the run's own record: of items short enough to train on
         "eval_limit": search.limit,
     }
     return dataclasses.asdict(dataclasses.replace(config, **changes))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import shutil
 import time
 import traceback
@@ -262,7 +263,7 @@ class _Work:
         for name in self.cell.needs:
             record = stored(self.needed(name))
             assert record is not None
-            keys = ("adapter_fingerprint", "lr") if self.cell.kind != "choose" else ("lr", "validation_loss")
+            keys = ("adapter_fingerprint", "lr") if self.cell.kind != "choose" else ("loss",)
             found.setdefault("needs", []).append({key: record.result.get(key) for key in keys})
         return json.loads(json.dumps(found))
 
@@ -322,10 +323,11 @@ class _Work:
     def _choose(self, config: dict[str, Any]) -> dict[str, Any]:
         tried = {}
         for name in self.cell.needs:
-            record = stored(self.needed(name))
-            assert record is not None
-            loss = record.result["validation_loss"]
-            tried[record.result["lr"]] = float("inf") if loss is None else loss
+            evaluation, trial = stored(self.needed(name)), stored(self.needed(name).parent)
+            assert evaluation is not None
+            assert trial is not None
+            loss = evaluation.result["loss"]
+            tried[trial.result["lr"]] = loss if loss is not None and math.isfinite(loss) else float("inf")
         best = min(tried, key=tried.__getitem__)
         if tried[best] == float("inf"):
             raise UserError("The loss was not a finite number at any of the learning rates: try smaller ones.")

@@ -132,7 +132,7 @@ def collect(study: Study, folder: Path) -> Results:
             results.failed.append(record)
             continue
         results.seconds += record.seconds
-        if cell.kind == "eval":
+        if cell.kind == "eval" and not cell.trial:
             try:
                 found = read_record(place / EVAL_RECORD, EvalRecord)
             except UserError:
