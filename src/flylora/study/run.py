@@ -387,11 +387,13 @@ def same_settings(earlier: dict[str, Any], asked: dict[str, Any], cls: type[Any]
     """Whether two configs mean the same result.
 
     A setting that a newer version of the package knows and the earlier record does not is the same if it has its
-    default value; where things are (as opposed to what they are) does not matter.
+    default value; where things are (as opposed to what they are) does not matter, nor how many items share a forward
+    pass that trains nothing.
     """
     defaults = {} if cls is None else _defaults(cls)
     asked = json.loads(json.dumps(asked))
-    return all(earlier.get(name, defaults.get(name)) == value for name, value in asked.items() if name not in _PLACES)
+    ignored = _PLACES if cls is TrainConfig else _PLACES | {"batch_size"}
+    return all(earlier.get(name, defaults.get(name)) == value for name, value in asked.items() if name not in ignored)
 
 
 def _defaults(cls: type[Any]) -> dict[str, Any]:
