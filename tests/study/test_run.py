@@ -16,6 +16,7 @@ from rich.console import Console
 
 from flylora.cli import main
 from flylora.errors import UserError
+from flylora.evaluation import EvalConfig
 from flylora.evaluation.record import EvalRecord
 from flylora.models import load_model
 from flylora.records import adapter_fingerprint, read_record
@@ -303,6 +304,9 @@ def test_settings_are_the_same_when_their_results_are() -> None:
     assert same_settings(stored_config, {**stored_config, "task": "new/place.yaml", "seed": 0}, TrainConfig)
     assert not same_settings(stored_config, {**stored_config, "seed": 1}, TrainConfig)
     assert not same_settings(stored_config, {**stored_config, "lr": 0.2}, TrainConfig)
+    sized = {**stored_config, "batch_size": 4}
+    assert not same_settings(sized, {**sized, "batch_size": 2}, TrainConfig)
+    assert same_settings(sized, {**sized, "batch_size": 2}, EvalConfig)
 
 
 def test_two_studies_cannot_run_in_one_folder(save: Save, finished: Path) -> None:
