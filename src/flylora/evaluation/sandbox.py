@@ -178,7 +178,7 @@ def _isolated(
         complaints.seek(0)
         said = complaints.read(1 << 10).decode(errors="replace").strip()
         if said:
-            raise _cannot(said.splitlines()[0].rstrip("."))
+            raise _cannot(said.splitlines()[-1].rstrip("."))  # the last line of a traceback is the one that tells
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
