@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from flylora import FlyLoraLinear, UserError, functional, native
+from flylora import UserError, functional, native
 from flylora.functional import Block
-from tiny_models import config, layers, randomize, seeded
+from tiny_models import config, layers, randomize, seeded, update_arguments
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -198,20 +197,10 @@ def test_evaluation_where_types_differ_is_the_same_either_way(either_kernel: str
     x = draw(5, 12)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
         out, plain = model(x), layer.get_base_layer()(x)
-        wanted = functional.routed_update(plain, x, **_update_of(layer))
+        wanted = functional.routed_update(plain, x, **update_arguments(layer))
     assert out.dtype == plain.dtype
     torch.testing.assert_close(out, wanted)
     assert not torch.equal(out, plain)
-
-
-def _update_of(layer: FlyLoraLinear) -> dict[str, Any]:
-    return {
-        "projection": layer.flylora_A["default"],
-        "up": layer.flylora_B["default"],
-        "routing_bias": layer.routing_bias("default"),
-        "blocks": layer.routing["default"],
-        "scaling": layer.scaling["default"],
-    }
 
 
 def test_without_a_compiler_one_sentence_says_so(

@@ -14,6 +14,7 @@ from torch import Tensor
 import flylora
 from conftest import make_model
 from flylora.baselines.split_lora import SplitLoraConfig
+from flylora.merging import MergeConfig, MergeRecord, merge_adapters
 from flylora.merging.adapters import SavedAdapter, read_adapter
 
 INPUTS = 24
@@ -59,6 +60,12 @@ def lora(**fields: Any) -> peft.LoraConfig:
 def split(**fields: Any) -> SplitLoraConfig:
     return SplitLoraConfig(
         **{"r": 8, "experts": 4, "k": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **fields}
+    )
+
+
+def merge(out: Path, adapters: list[SavedAdapter], method: str = "average", **options: Any) -> MergeRecord:
+    return merge_adapters(
+        MergeConfig(adapters=[str(a.path) for a in adapters], out=str(out), method=method, **options)  # type: ignore[arg-type]
     )
 
 

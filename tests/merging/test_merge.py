@@ -14,17 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from conftest import make_model
 from flylora import UserError
-from flylora.merging import MergeConfig, MergeRecord, merge_adapters
+from flylora.merging import MergeRecord
 from flylora.merging.adapters import WEIGHTS_FILE, SavedAdapter, read_adapter
 from flylora.merging.record import RECORD_NAME
 from flylora.records import read_record
-from merging.conftest import Save, assert_same_outputs, fly, lora, outputs, weighted
-
-
-def merge(out: Path, adapters: list[SavedAdapter], method: str = "average", **options: Any) -> MergeRecord:
-    return merge_adapters(
-        MergeConfig(adapters=[str(a.path) for a in adapters], out=str(out), method=method, **options)  # type: ignore[arg-type]
-    )
+from merging.conftest import Save, assert_same_outputs, fly, lora, merge, outputs, weighted
 
 
 def varied(save: Save) -> list[SavedAdapter]:

@@ -9,15 +9,8 @@ from typing import Any
 import pytest
 
 from flylora import UserError
-from flylora.merging import MergeConfig, MergeRecord, merge_adapters
-from flylora.merging.adapters import SavedAdapter, read_adapter
-from merging.conftest import Save, assert_same_outputs, fly, outputs, split, weighted
-
-
-def merge(out: Path, adapters: list[SavedAdapter], method: str = "average", **options: Any) -> MergeRecord:
-    return merge_adapters(
-        MergeConfig(adapters=[str(a.path) for a in adapters], out=str(out), method=method, **options)  # type: ignore[arg-type]
-    )
+from flylora.merging.adapters import read_adapter
+from merging.conftest import Save, assert_same_outputs, fly, merge, outputs, split, weighted
 
 
 @pytest.mark.parametrize(("method", "weights"), [("average", [0.25, 0.5, 0.25]), ("sum", [1.5, -0.5, 2.0])])

@@ -18,7 +18,18 @@ from transformers.pytorch_utils import Conv1D
 from flylora import FlyLoraLinear, UserError, functional, native
 from flylora.tuner.layer import canonical_name
 from reference import flylora as reference
-from tiny_models import assert_same, config, layers, llama, mlp, randomize, seeded, snapshot, tokens
+from tiny_models import (
+    assert_same,
+    config,
+    layers,
+    llama,
+    mlp,
+    randomize,
+    seeded,
+    snapshot,
+    tokens,
+    update_arguments,
+)
 
 pytestmark = pytest.mark.usefixtures("either_kernel")
 
@@ -247,21 +258,11 @@ def test_a_layer_that_is_more_than_its_weight_is_called(watch: Callable[[nn.Modu
     watch(base)
     out = model(x)
     assert path == SEPARATE
-    y = functional.routed_update(torch.zeros(5, 10), x, **_arguments(layer))
+    y = functional.routed_update(torch.zeros(5, 10), x, **update_arguments(layer))
     torch.testing.assert_close(out, base(x) + y)
     through = torch.autograd.grad(base(x).sum(), x)[0] + torch.autograd.grad(y.sum(), x)[0]
     torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], through)
     assert plain.shape == through.shape
-
-
-def _arguments(layer: FlyLoraLinear) -> dict[str, Any]:
-    return {
-        "projection": layer.flylora_A["default"],
-        "up": layer.flylora_B["default"],
-        "routing_bias": layer.routing_bias("default"),
-        "blocks": layer.routing["default"],
-        "scaling": layer.scaling["default"],
-    }
 
 
 def test_autocast_and_other_input_types_are_not_fused(path: list[str]) -> None:
