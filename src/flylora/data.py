@@ -201,12 +201,14 @@ def sorted_micro_batches(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[
 
     Returns:
         As many batches of the same sizes with the same rows, each padded only to its own longest row. A loss that is
-        summed over all of them is the same, for less padding to compute.
+        summed over all of them is the same, for less padding to compute. A single batch stays as it is.
     """
+    if len(batches) < 2:
+        return [dict(batch) for batch in batches]
     rows = [
         {name: value[row] for name, value in batch.items()} for batch in batches for row in range(len(batch["labels"]))
     ]
-    lengths = [int(row["attention_mask"].sum()) for row in rows]
+    lengths = [length for batch in batches for length in batch["attention_mask"].sum(1).tolist()]
     order = iter(sorted(range(len(rows)), key=lambda row: -lengths[row]))
     found = []
     for batch in batches:

@@ -257,6 +257,17 @@ def test_the_learning_rate_with_the_least_validation_loss_is_used(save: Save) ->
     assert {figure["evaluation"] for figure in figures if figure["task"]} == {"vowels", "others"}
 
 
+def test_a_trial_that_diverged_is_not_chosen(save: Save) -> None:
+    search = {"task": "vowels", "rates": [1e38, 0.05], "steps": 3, "limit": 4}
+    path = save(lr_search=search, train={"steps": 2, "batch_size": 2}, merges={})
+    cells = go(path, only="lr/*").folder / "cells" / "lr" / "llama" / "fly"
+    diverged, choice = stored(cells / "1e+38" / "validation"), stored(cells / "choice")
+    assert diverged is not None
+    assert diverged.result["loss"] is None
+    assert choice is not None
+    assert choice.result["lr"] == 0.05
+
+
 def test_least_squares_reads_texts_of_the_tasks(save: Save) -> None:
     merges = {"ls": {"method": "least_squares", "options": {"texts": 4}}}
     result = go(save(merges=merges), only="*/merge-ls/*")

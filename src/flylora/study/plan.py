@@ -17,9 +17,6 @@ from flylora.tasks import Split, load_task, published_task_names
 
 CellKind = Literal["train", "choose", "eval", "merge"]
 
-VALIDATION = "validation"
-"""The last part of the name of a trial's evaluation, the rest of which is the trial's."""
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -122,7 +119,7 @@ def _search(study: Study, model: str) -> Iterator[Cell]:
             yield Cell(
                 name, "train", config, model=model, method=method, task=search.task, seed=search.seed, trial=True
             )
-            evaluations.append(f"{name}/{VALIDATION}")
+            evaluations.append(f"{name}/validation")
             yield Cell(
                 evaluations[-1],
                 "eval",

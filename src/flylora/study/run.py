@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import shutil
 import time
 import traceback
@@ -323,11 +322,10 @@ class _Work:
     def _choose(self, config: dict[str, Any]) -> dict[str, Any]:
         tried = {}
         for name in self.cell.needs:
-            evaluation, trial = stored(self.needed(name)), stored(self.needed(name).parent)
-            assert evaluation is not None
-            assert trial is not None
-            loss = evaluation.result["loss"]
-            tried[trial.result["lr"]] = loss if loss is not None and math.isfinite(loss) else float("inf")
+            record = stored(self.needed(name))
+            assert record is not None
+            (trial,), loss = record.inputs["needs"], record.result["loss"]
+            tried[trial["lr"]] = float("inf") if loss is None else loss
         best = min(tried, key=tried.__getitem__)
         if tried[best] == float("inf"):
             raise UserError("The loss was not a finite number at any of the learning rates: try smaller ones.")
