@@ -45,7 +45,8 @@ def _head_reads(model: PreTrainedModel | PeftModel, asked: torch.Tensor) -> Iter
     def select(head: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *others = args
         # Prompt methods put virtual tokens before the first.
-        return hidden[:, -asked.shape[1] - 1 : -1][asked].unsqueeze(0), *others
+        # A model over several devices may have its head on another one than its inputs.
+        return hidden[:, -asked.shape[1] - 1 : -1][asked.to(hidden.device)].unsqueeze(0), *others
 
     hook = model.get_output_embeddings().register_forward_pre_hook(select)
     try:

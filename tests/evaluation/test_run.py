@@ -275,6 +275,8 @@ def test_the_loss_on_programs_needs_none_to_run(config: Callable[..., EvalConfig
     record = evaluate(config(task="humaneval", data_dir=functions, loss_only=True))
     assert record.loss is not None
     assert record.accuracy is None
+    drawn = evaluate(config(task="humaneval", data_dir=functions, loss_only=True, samples=2, temperature=1.0))
+    assert drawn.loss == record.loss
 
 
 def test_programs_are_not_run_where_they_cannot_be_isolated(

@@ -67,6 +67,9 @@ def test_a_searched_learning_rate_comes_from_its_cell(save: Save) -> None:
     assert found["seed0/llama/fly/others/train"].needs == (choice.name,)
     assert found["seed0/llama/lora/others/train"].needs == ()  # it has a rate of its own
     assert not any(name.startswith("lr/llama/lora") for name in found)
+    drawing = cells(save(lr_search=search, evaluation={"samples": 5, "temperature": 0.8}))
+    evaluation = drawing["lr/llama/fly/0.4/validation"]
+    assert (evaluation.config["samples"], evaluation.config["temperature"]) == (1, 0.0)
 
 
 def test_merges_of_some_methods_only(save: Save) -> None:

@@ -124,7 +124,9 @@ def run(config: EvalConfig, loaded: LoadedModel | None = None) -> EvalRecord:
 
 
 def _check_kind(task: Task, config: EvalConfig) -> None:
-    if task.kind == "code" and not config.loss_only:
+    if task.kind == "code":
+        if config.loss_only:
+            return  # which runs no program
         if not config.allow_code_execution:
             raise UserError(
                 f"The task '{task.name}' runs programs that the model writes: add --allow-code-execution to allow that "

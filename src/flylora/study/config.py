@@ -320,6 +320,8 @@ class Study:
             split="validation",
             limit=self.lr_search.limit,
             loss_only=True,
+            samples=1,
+            temperature=0.0,
         )
 
     def merge_config(self, model: str, merge: str, seed: int) -> MergeConfig:
