@@ -10,7 +10,8 @@ import pytest
 
 from flylora import UserError
 from flylora.merging.adapters import read_adapter
-from merging.conftest import Save, assert_same_outputs, fly, merge, outputs, split, weighted
+from flylora.merging.show import show_merge
+from merging.conftest import Save, assert_same_outputs, fly, lora, merge, outputs, split, weighted
 
 
 @pytest.mark.parametrize(("method", "weights"), [("average", [0.25, 0.5, 0.25]), ("sum", [1.5, -0.5, 2.0])])
@@ -24,6 +25,16 @@ def test_a_merge_is_the_weighted_sum_of_the_outputs(
     assert (record.exact, record.routed) == (True, True)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["experts"], config["groups"], config["k"]) == (32, 16, 4, 2)
+
+
+def test_the_table_says_what_was_merged(save: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, config, said in (
+        ("split", split, "Split-LoRA, every input's routing kept"),
+        ("fly", fly, " FlyLoRA, every input's routing kept"),
+        ("lora", lora, "plain LoRA"),
+    ):
+        show_merge(merge(tmp_path / f"{name}-out", [save(name, config(), 1), save(f"{name}2", config(), 2)]))
+        assert said in capsys.readouterr().out
 
 
 def test_one_router_over_all_experts_would_not_do(save: Save, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from .adapters import KIND_NAMES
 from .calibration import TaskStatistics
 from .config import CalibrateConfig
 from .record import MergeRecord
@@ -17,7 +18,9 @@ def show_merge(record: MergeRecord) -> None:
         "method": record.method + (" (exact)" if record.exact else ""),
         "inputs": ", ".join(f"{entry['weight']:.3g} x {entry['path']}" for entry in record.inputs),
         "sum of weights": f"{record.weight_sum:.3g}",
-        "kind": "FlyLoRA, every input's routing kept" if record.routed else "plain LoRA",
+        "kind": f"{KIND_NAMES[record.inputs[0]['kind']]}, every input's routing kept"
+        if record.routed
+        else "plain LoRA",
         **{name.replace("_", " "): f"{value:.3g}" for name, value in record.measured.items()},
         "time": f"{record.seconds:,.1f} s",
     }
