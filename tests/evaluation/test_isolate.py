@@ -65,3 +65,23 @@ def test_it_needs_nothing_but_the_standard_library() -> None:
         command = [sys.executable, "-I", "-S", "-c", f"import runpy; runpy.run_path({isolate.__file__!r})"]
         command[-1] = command[-1].replace("isolate.py", f"{name}.py")
         assert subprocess.run(command, capture_output=True, env={}, check=False).returncode == 0
+
+
+TWO_REQUESTS = """
+import os, signal
+from flylora.evaluation import isolate
+both = {signal.SIGALRM, signal.SIGTERM}
+signal.pthread_sigmask(signal.SIG_BLOCK, both)
+isolate._stop_after(99)
+for number in both:
+    os.kill(os.getpid(), number)
+try:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+except isolate.TimeIsUp:
+    print("time is up")
+"""
+
+
+def test_two_requests_at_once_to_stop_are_one_and_bring_no_complaint() -> None:
+    done = subprocess.run([sys.executable, "-c", TWO_REQUESTS], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "time is up\n", "")

@@ -87,7 +87,8 @@ def _stop_after(seconds: float) -> None:
 
 def _ignore_requests() -> None:
     for number in (signal.SIGALRM, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+        # Not SIG_IGN: Python complains on standard error of a signal that came before and was not handled yet.
+        signal.signal(number, lambda *_: None)
 
 
 def _tell_and_exit(run: Callable[..., Any], *arguments: Any) -> NoReturn:
