@@ -19,7 +19,7 @@ from flylora.study.tables import Spot, is_papers_setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TABLES = [1, 2, 3, 6, 10, 11, 12, 13, 14, 15]
-STUDIES = [*(f"table{n}" for n in TABLES), "fig1", "fig4", "smollm2"]
+STUDIES = [*(f"table{n}" for n in TABLES), "fig1", "fig4", "smollm2", "smollm2_variants"]
 
 Save = Callable[..., Path]
 
@@ -187,7 +187,7 @@ def test_studies_of_this_project_are_planned(name: str) -> None:
     assert all(order.index(need) < number for number, cell in enumerate(cells) for need in cell.needs)
 
 
-@pytest.fixture(params=[name for name in STUDIES if name != "smollm2"])
+@pytest.fixture(params=[name for name in STUDIES if not name.startswith("smollm2")])
 def table(request: pytest.FixtureRequest) -> Study:
     return load_study(CONFIGS / f"{request.param}.yaml")
 
@@ -228,9 +228,29 @@ def test_the_smollm2_study_is_the_one_described() -> None:
     study = load_study(CONFIGS / "smollm2.yaml")
     assert list(study.methods) == ["lora_r8", "lora_r32", "lora_fa", "split_lora_4x8", "flylora"]
     assert list(study.tasks) == ["arc_easy", "gsm8k", "code_alpaca"]
-    assert list(study.merges) == ["average", "ties", "least_squares"]
+    assert list(study.merges) == ["average", "ties", "ties_half", "least_squares"]
     assert study.seeds == [0, 1, 2]
     assert (study.train["steps"], study.train["batch_size"]) == (100, 8)
     search = study.lr_search
     assert search is not None
     assert (search.task, search.steps, len(search.rates), search.methods) == ("gsm8k", 60, 3, {})
+
+
+def test_the_variants_of_the_smollm2_study_change_one_setting_each() -> None:
+    main, variants = (load_study(CONFIGS / f"{name}.yaml") for name in ("smollm2", "smollm2_variants"))
+    first = variants.train_config("smollm2-135m", "flylora", "code_alpaca", 0)
+    assert first == main.train_config("smollm2-135m", "flylora", "code_alpaca", 0)
+    same = {**first.adapter, "density": 0.25, "lr": 3e-3}  # the default density is k / r, which k alone would change
+    changes = {}
+    for label in variants.methods:
+        config = variants.train_config("smollm2-135m", label, "code_alpaca", 0)
+        settings = {**same, **config.adapter, "lr": config.lr or 3e-3}
+        changes[label] = {name: value for name, value in settings.items() if value != same.get(name)}
+    assert changes == {
+        "flylora": {},
+        "smaller_lr": {"lr": 1e-3},
+        "k_16": {"k": 16},
+        "dense": {"density": 1.0},
+        "signed": {"selection": "signed"},
+        "no_routing": {"selection": "all"},
+    }
