@@ -12,6 +12,7 @@ NAMES = {
     "load": "loading an adapter of Llama-3.1-8B's shapes, and start-up times",
     "merge": "merging four adapters of Llama-3.1-8B's shapes",
     "retention": "what merging keeps on a real model",
+    "overshoot": "how large a study's updates are, and at what weight they are best alone and together",
     "defaults": "how the default learning rate and balance rate were found",
     "export_gap": "what an export keeps",
 }
