@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder of a study's run")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--methods", nargs="+", default=["lora_r8", "lora_fa", "flylora"])
+    parser.add_argument("--methods", nargs="+", default=["lora_r8", "lora_r32", "lora_fa", "flylora"])
     parser.add_argument("--others", nargs="*", default=["arc_easy", "gsm8k"], help="tasks of the study to merge with")
     parser.add_argument("--task", type=Path, required=True, help="file of the task whose loss is measured")
     parser.add_argument("--data-dir")
