@@ -4,11 +4,12 @@
     python benchmarks/overshoot.py --run RUN --task configs/code_alpaca.yaml --data-dir DATA --work DIR \
         --out benchmarks/records/smollm2/overshoot
 
-For each method: the Frobenius norm of every adapter's update over all modules (of a routed adapter, of its best linear
-part, which is what TIES merges), and the loss per answer token, on the study's test items of one task, of that task's
-adapter at several weights and with its small entries pruned, and of all tasks' adapters summed, and merged by TIES, at
-several weights. These are looks at test items to find a cause, not results: nothing here was chosen on a validation
-split. DIR keeps every loss, so that an interrupted run goes on where it was. Writes a JSON and a Markdown file.
+For each method: the Frobenius norm of every adapter's update over all modules (of a FlyLoRA adapter that of its best
+linear part, which is what TIES merges; of Split-LoRA that of k experts, before the router's weight of 0.5 to 1), and the
+loss per answer token, on the study's test items of one task, of that task's adapter at several weights and with its small
+entries pruned, and of all tasks' adapters summed, and merged by TIES, at several weights. These are looks at test items
+to find a cause, not results: nothing here was chosen on a validation split. DIR keeps every loss, so that an interrupted
+run goes on where it was. Writes a JSON and a Markdown file.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flylora.baselines.split_lora import SplitLoraConfig
 from flylora.evaluation import EvalConfig, evaluate
 from flylora.merging import MergeConfig, merge_adapters
 from flylora.merging.adapters import read_adapter
@@ -35,29 +37,34 @@ TOGETHER = (1.0, 0.5)
 
 def update_norm(folder: Path) -> float:
     """sqrt(sum over modules of ||W||_F^2), W = s B A, by the factors alone: ||B A||_F^2 = <B^T B, A A^T>."""
-    adapter, total = read_adapter(folder), 0.0
+    adapter, total = read_adapter(folder, ("flylora", "lora", "splitlora")), 0.0
     for module in adapter.modules:
         factors, n = adapter.factors(module), adapter.in_features(module)
         assert n is not None
         up, down = factors.scaled_up().double(), factors.down(n).double()
-        (block,) = factors.routing  # what training makes has one block
-        up *= linear_share(block)
-        total += float(((up.t() @ up) * (down @ down.t())).sum())
+        products = (up.t() @ up) * (down @ down.t())  # their sum is the square of the norm
+        if isinstance(adapter.config, SplitLoraConfig):
+            rank = adapter.config.r // adapter.config.experts
+            own = sum(float(products[i : i + rank, i : i + rank].sum()) for i in range(0, adapter.config.r, rank))
+            total += own * adapter.config.k / adapter.config.experts
+        else:
+            (block,) = factors.routing  # what training makes has one block
+            total += float(products.sum()) * linear_share(block) ** 2
     return total**0.5
 
 
-def weighted(adapters: list[Path]) -> Iterator[tuple[str, MergeConfig]]:
+def weighted(adapters: list[Path], linear: bool) -> Iterator[tuple[str, MergeConfig]]:
     """Name and settings of everything whose loss is measured; the last adapter is that of the task."""
     own, every = [str(adapters[-1])], [str(adapter) for adapter in adapters]
     for weight in ALONE:
         yield f"its own adapter, weight {weight:g}", MergeConfig(own, "", "sum", [weight])
-    yield (
-        "its own adapter, largest 20 % of the entries",
-        MergeConfig(own, "", "magnitude_prune", [1.0], density=0.2),
-    )
-    for method in ("sum", "ties"):
-        for weight in TOGETHER:
-            yield f"{method}, weight {weight:g}", MergeConfig(every, "", method, [weight] * len(every))  # type: ignore[arg-type]
+    for weight in TOGETHER:
+        yield f"sum, weight {weight:g}", MergeConfig(every, "", "sum", [weight] * len(every))
+    if not linear:
+        return
+    yield "its own adapter, largest 20 %", MergeConfig(own, "", "magnitude_prune", [1.0], density=0.2)
+    for weight in TOGETHER:
+        yield f"ties, weight {weight:g}", MergeConfig(every, "", "ties", [weight] * len(every))
 
 
 def loss(setting: argparse.Namespace, method: str, name: str, config: MergeConfig, loaded: LoadedModel) -> float:
@@ -104,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="folder of a study's run")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--methods", nargs="+", default=["lora_r8", "lora_r32", "lora_fa", "flylora"])
+    parser.add_argument("--methods", nargs="+", default=["lora_r8", "lora_r32", "lora_fa", "split_lora_4x8", "flylora"])
     parser.add_argument("--others", nargs="*", default=["arc_easy", "gsm8k"], help="tasks of the study to merge with")
     parser.add_argument("--task", type=Path, required=True, help="file of the task whose loss is measured")
     parser.add_argument("--data-dir")
@@ -133,7 +140,7 @@ def main() -> None:
         adapters = [cells / task / "train" / "adapter" for task in tasks]
         result["norms"][method] = [update_norm(adapter) for adapter in adapters]
         result["losses"][method] = {}
-        for name, config in weighted(adapters):
+        for name, config in weighted(adapters, linear="split" not in method):
             result["losses"][method][name] = loss(setting, method, name, config, loaded)
             print(f"{method:12s} {name:50s} {result['losses'][method][name]:.4f}", flush=True)
             setting.out.parent.mkdir(parents=True, exist_ok=True)
