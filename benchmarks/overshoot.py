@@ -5,11 +5,11 @@
         --out benchmarks/records/smollm2/overshoot
 
 For each method: the Frobenius norm of every adapter's update over all modules (of a FlyLoRA adapter that of its best
-linear part, which is what TIES merges; of Split-LoRA that of k experts, before the router's weight of 0.5 to 1), and the
-loss per answer token, on the study's test items of one task, of that task's adapter at several weights and with its small
-entries pruned, and of all tasks' adapters summed, and merged by TIES, at several weights. These are looks at test items
-to find a cause, not results: nothing here was chosen on a validation split. DIR keeps every loss, so that an interrupted
-run goes on where it was. Writes a JSON and a Markdown file.
+linear part, which is what TIES merges; of Split-LoRA that of k experts, before the router's weight of 0.5 to 1), and
+the loss per answer token, on the study's test items of one task, of that task's adapter at several weights and with
+its small entries pruned, and of all tasks' adapters summed, and merged by TIES, at several weights. These are looks
+at test items to find a cause, not results: nothing here was chosen on a validation split. DIR keeps every loss, so
+that an interrupted run goes on where it was. Writes a JSON and a Markdown file.
 """
 
 from __future__ import annotations
