@@ -15,7 +15,7 @@ from flylora.evaluation.record import EvalRecord
 from flylora.records import Provenance, write_record
 from flylora.study import Study, load_study
 from flylora.study.record import CELL_RECORD, EVAL_RECORD, CellRecord
-from flylora.study.tables import Figure, Results, Spot, collect, item_error, metrics, verdict, write_tables
+from flylora.study.tables import Difference, Figure, Results, Spot, collect, item_error, metrics, verdict, write_tables
 
 Save = Callable[..., Path]
 ORIGIN = Provenance({}, None, None, {}, {}, "", started="2000-01-01T00:00:00+00:00")
@@ -97,7 +97,7 @@ def test_means_deviations_and_paired_differences(save: Save, put: Callable[..., 
     assert found.deviation == pytest.approx(deviation)
     half = 4.30265 * deviation / math.sqrt(3)
     assert found.interval == pytest.approx((-0.7 / 3 - half, -0.7 / 3 + half), abs=1e-4)
-    assert verdict(difference.figure) == "not told apart"  # the interval holds 0, though every seed agrees
+    assert verdict(difference) == "not told apart"  # the interval holds 0, though every seed agrees
 
 
 def test_differences_are_taken_at_shared_seeds_alone(save: Save, put: Callable[..., None], tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_differences_are_taken_at_shared_seeds_alone(save: Save, put: Callable[.
     results = collected(study, tmp_path)
     (difference,) = results.differences
     assert difference.figure.values == {0: -1.0}
-    assert verdict(difference.figure) == "one seed: no interval"
+    assert verdict(difference) == "one seed: no interval"
     text = (write_tables(study, tmp_path / "run"), (tmp_path / "run/results.md").read_text())[1]
     row = next(line for line in text.splitlines() if line.startswith("| fly | vowels: loss"))
     assert row.split(" | ")[2:5] == ["1", "-1.000", "–"]
@@ -116,18 +116,20 @@ def test_differences_are_taken_at_shared_seeds_alone(save: Save, put: Callable[.
 
 
 @pytest.mark.parametrize(
-    ("metric", "values", "said"),
+    ("metric", "values", "error", "said"),
     [
-        ("loss", (-0.2, -0.21, -0.19), "better"),
-        ("loss", (0.2, 0.21, 0.19), "worse"),
-        ("accuracy", (2.0, 2.1, 1.9), "better"),
-        ("points_lost", (2.0, 2.1, 1.9), "worse"),
-        ("retention", (-0.2, -0.21, -0.19), "worse"),
-        ("accuracy", (2.0, -2.1, 1.9), "not told apart"),
+        ("loss", (-0.2, -0.21, -0.19), 0.09, "better"),
+        ("loss", (0.2, 0.21, 0.19), 0.09, "worse"),
+        ("loss", (0.2, 0.21, 0.19), 0.11, "not told apart"),
+        ("accuracy", (2.0, 2.1, 1.9), 0.9, "better"),
+        ("points_lost", (2.0, 2.1, 1.9), None, "worse"),
+        ("retention", (-0.2, -0.21, -0.19), None, "worse"),
+        ("accuracy", (2.0, -2.1, 1.9), 0.1, "not told apart"),
+        ("accuracy", (-1.5625, -1.5625, -1.5625), 3.3, "not told apart"),  # one item of 64 at every seed
     ],
 )
-def test_verdicts(metric: str, values: tuple[float, ...], said: str) -> None:
-    assert verdict(Figure(AT_FLY, metric, dict(enumerate(values)))) == said
+def test_verdicts(metric: str, values: tuple[float, ...], error: float | None, said: str) -> None:
+    assert verdict(Difference(Figure(AT_FLY, metric, dict(enumerate(values))), error)) == said
 
 
 def test_errors_over_items() -> None:

@@ -470,13 +470,18 @@ def _merges_table(results: Results, model: str) -> list[str]:
     ]
 
 
-def verdict(figure: Figure) -> str:
-    """What a confidence interval of a difference says."""
+def verdict(difference: Difference) -> str:
+    """What a difference says: apart from 0 both over seeds and, where items have an error, by two of these over items.
+
+    The seeds alone are not enough: all are measured on the same items, and accuracies, which come in steps of one item,
+    can differ by the same step at every seed, which leaves an interval of no width.
+    """
+    figure, error = difference.figure, difference.item_error
     interval = figure.estimate.interval
     if interval is None:
         return "one seed: no interval"
     low, high = interval
-    if low <= 0 <= high:
+    if low <= 0 <= high or (error is not None and abs(figure.estimate.mean) <= 2 * error):
         return "not told apart"
     return "better" if (high < 0) == (figure.metric in LOWER_IS_BETTER) else "worse"
 
@@ -501,7 +506,7 @@ def _differences_table(results: Results, model: str, merged: bool) -> list[str]:
                 if interval is None
                 else f"{number(interval[0], figure.metric)} to {number(interval[1], figure.metric)}",
                 "–" if error is None else number(error, figure.metric),
-                verdict(figure),
+                verdict(difference),
             ]
         )
     if not rows:
@@ -513,7 +518,8 @@ def _differences_table(results: Results, model: str, merged: bool) -> list[str]:
         f"## {model}: differences from {study.baseline}, {what}",
         "",
         f"The method's figure less that of {study.baseline}, seed by seed; the interval is Student's t over seeds, and "
-        "the standard error is over the items that both were measured on, seeds averaged.",
+        "the standard error is over the items that both were measured on, seeds averaged. Better and worse need an "
+        "interval without 0 and, where there is a standard error, a difference of more than two.",
         "",
         *_table(headings, rows),
     ]
