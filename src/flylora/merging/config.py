@@ -38,7 +38,8 @@ class MergeConfig:
         out: Folder for the merged adapter.
         method: How to merge: average, sum, least_squares (routed and exact, or calibrated), ties, dare, dare_ties,
             magnitude_prune or knots (on the updates as matrices).
-        weights: One weight for each adapter; 1 each if left out. They are divided by their sum except for sum.
+        weights: One weight for each adapter; 1 each if left out. They are divided by their sum, except for sum, ties,
+            dare_ties and knots, which add.
         rank: Limit the rank of a result that does not route (a LoRA); the sum of the inputs' ranks if left out.
         density: Share of each update's entries that the sparsifying methods keep; the method's default if left out.
         ridge: For least_squares: how strongly the weighted average pulls, relative to the codes' mean energy; chosen
