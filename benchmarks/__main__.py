@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from flylora.errors import UserError
+
 NAMES = {
     "step_cost": "seconds of a training step and the adapter's overhead, beside PEFT LoRA",
     "memory": "bytes kept for backward, peak memory, adapter file and optimizer state, beside PEFT LoRA",
@@ -24,7 +26,11 @@ def main() -> None:
         print("\n".join(f"  {name:12s} {text}" for name, text in NAMES.items()))
         raise SystemExit(0 if sys.argv[1:2] in ([], ["--help"], ["-h"]) else 2)
     name = sys.argv.pop(1)
-    importlib.import_module(f"benchmarks.{name}").main()
+    try:
+        importlib.import_module(f"benchmarks.{name}").main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 main()

@@ -1,7 +1,7 @@
 """How large the updates of a study's adapters are, and whether a task's loss wants them at full weight.
 
     flylora study configs/smollm2.yaml --data-dir DATA --out RUN
-    python benchmarks/overshoot.py --run RUN --task configs/code_alpaca.yaml --data-dir DATA --work DIR \
+    python -m benchmarks overshoot --run RUN --task configs/code_alpaca.yaml --data-dir DATA --work DIR \
         --out benchmarks/records/smollm2/overshoot
 
 For each method: the Frobenius norm of every adapter's update over all modules (of a FlyLoRA adapter that of its best
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from typing import Any
 from flylora.baselines.split_lora import SplitLoraConfig
 from flylora.evaluation import EvalConfig, evaluate
 from flylora.merging import MergeConfig, merge_adapters
-from flylora.merging.adapters import read_adapter
+from flylora.merging.adapters import KIND_NAMES, read_adapter
 from flylora.merging.methods import linear_share
 from flylora.models import LoadedModel, load_model
 from flylora.records import provenance, write_text
@@ -37,7 +38,7 @@ TOGETHER = (1.0, 0.5)
 
 def update_norm(folder: Path) -> float:
     """sqrt(sum over modules of ||W||_F^2), W = s B A, by the factors alone: ||B A||_F^2 = <B^T B, A A^T>."""
-    adapter, total = read_adapter(folder, ("flylora", "lora", "splitlora")), 0.0
+    adapter, total = read_adapter(folder, KIND_NAMES), 0.0
     for module in adapter.modules:
         factors, n = adapter.factors(module), adapter.in_features(module)
         assert n is not None
@@ -53,15 +54,15 @@ def update_norm(folder: Path) -> float:
     return total**0.5
 
 
-def weighted(adapters: list[Path], linear: bool) -> Iterator[tuple[str, MergeConfig]]:
+def weighted(adapters: list[Path]) -> Iterator[tuple[str, MergeConfig]]:
     """Name and settings of everything whose loss is measured; the last adapter is that of the task."""
     own, every = [str(adapters[-1])], [str(adapter) for adapter in adapters]
     for weight in ALONE:
         yield f"its own adapter, weight {weight:g}", MergeConfig(own, "", "sum", [weight])
     for weight in TOGETHER:
         yield f"sum, weight {weight:g}", MergeConfig(every, "", "sum", [weight] * len(every))
-    if not linear:
-        return
+    if read_adapter(adapters[-1], KIND_NAMES).kind == "splitlora":
+        return  # no matrix
     yield "its own adapter, largest 20 %", MergeConfig(own, "", "magnitude_prune", [1.0], density=0.2)
     for weight in TOGETHER:
         yield f"ties, weight {weight:g}", MergeConfig(every, "", "ties", [weight] * len(every))
@@ -69,7 +70,9 @@ def weighted(adapters: list[Path], linear: bool) -> Iterator[tuple[str, MergeCon
 
 def loss(setting: argparse.Namespace, method: str, name: str, config: MergeConfig, loaded: LoadedModel) -> float:
     """The loss of one merge, measured once."""
-    slug = "".join(c if c.isalnum() else "_" for c in f"{method} {name}")
+    inputs = [read_adapter(path, KIND_NAMES).fingerprint for path in config.adapters]
+    digest = hashlib.sha256(" ".join([*inputs, str(setting.task), str(setting.items)]).encode()).hexdigest()[:8]
+    slug = "".join(c if c.isalnum() else "_" for c in f"{method} {name} {digest}")
     file = Path(setting.work) / f"{slug}.json"
     if not file.exists():
         with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +104,7 @@ def markdown(result: dict[str, Any]) -> str:
     for method in methods:
         lines.append(f"| {method} | " + " | ".join(f"{value:.1f}" for value in result["norms"][method]) + " |")
     lines += ["", f"| loss on {tasks[-1]} | " + " | ".join(methods) + " |", "| --- |" + " --- |" * len(methods)]
-    for name in result["losses"][methods[0]]:
+    for name in dict.fromkeys(name for method in methods for name in result["losses"][method]):
         losses = [result["losses"][method].get(name) for method in methods]
         lines.append(f"| {name} | " + " | ".join("" if one is None else f"{one:.3f}" for one in losses) + " |")
     return "\n".join(lines) + "\n"
@@ -140,7 +143,7 @@ def main() -> None:
         adapters = [cells / task / "train" / "adapter" for task in tasks]
         result["norms"][method] = [update_norm(adapter) for adapter in adapters]
         result["losses"][method] = {}
-        for name, config in weighted(adapters, linear="split" not in method):
+        for name, config in weighted(adapters):
             result["losses"][method][name] = loss(setting, method, name, config, loaded)
             print(f"{method:12s} {name:50s} {result['losses'][method][name]:.4f}", flush=True)
             setting.out.parent.mkdir(parents=True, exist_ok=True)
