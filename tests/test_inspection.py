@@ -32,8 +32,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def shown(path: Path) -> str:
-    console = Console(width=200, record=True, file=io.StringIO())
+def shown(path: Path, width: int = 200) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(render(inspect_adapter(path)))
     return console.export_text()
 
@@ -57,7 +57,18 @@ def test_counts_seeds_shapes_and_loads(folder: Path) -> None:
     text = shown(folder)
     assert "1,024 trained, 256 active on a token, 4 modules" in text
     assert "every projection is the one it was trained with" in text
-    assert "layers.1.mlp.down_proj" in text
+    assert "4 modules of model.layers" in text
+    assert "1.mlp.down_proj" in text
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_cuts_nothing(folder: Path, width: int) -> None:
+    text = shown(folder, width)
+    assert "…" not in text
+    assert str(folder) in "".join(line[14:].rstrip() for line in text.splitlines())
+    for module in inspect_adapter(folder).modules:
+        assert module.load is not None
+        assert " ".join(f"{value:.2f}" for value in module.load) in text
 
 
 def test_an_altered_seed_is_a_mismatch_and_not_a_crash(folder: Path) -> None:

@@ -147,30 +147,45 @@ def render(summary: AdapterSummary) -> Any:
     from rich.text import Text
 
     verdict = {True: "every projection is the one it was trained with", None: "some could not be checked (n unknown)"}
+    shared = _shared_parts([module.name for module in summary.modules])
     head = Table.grid(padding=(0, 2))
+    head.add_column()
+    head.add_column(overflow="fold")
     rows = {
         "adapter": f"{summary.path} ({summary.kind})",
         "base model": summary.base_model or "not recorded",
         "settings": ", ".join(f"{key} {value}" for key, value in summary.settings.items()),
         "parameters": f"{summary.trainable:,} trained, {summary.active:,} active on a token, "
-        f"{len(summary.modules)} modules",
+        f"{len(summary.modules)} modules" + (f" of {'.'.join(shared)}" if shared else ""),
         "file": f"{summary.file_bytes:,} bytes, sha256 {summary.fingerprint[:16]}",
         "fingerprints": verdict.get(summary.intact, "MISMATCH: the adapter was altered, do not use it"),
     }
     for key, value in rows.items():
-        head.add_row(Text(key, style="bold"), value)
-    table = Table(title=None, box=None, pad_edge=False, header_style="bold")
+        head.add_row(Text(key, style="bold"), Text(value))  # not markup: paths may hold brackets
+    table = Table(title=None, box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     for column, justify in (
         ("module", "left"), ("m x n", "right"), ("k/r", "right"), ("A", "left"), ("bias steps", "right"),
-        ("load min", "right"), ("mean", "right"), ("max", "right"), ("cv", "right"),
+        ("min", "right"), ("mean", "right"), ("max", "right"), ("cv", "right"),
     ):  # fmt: skip
-        table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        # On a narrow terminal the names give way and not the figures.
+        table.add_column(column, justify=justify, no_wrap=column != "module", overflow="fold")  # type: ignore[arg-type]
     for module in summary.modules:
         state = {True: "ok", False: "MISMATCH", None: "?"}[module.fingerprint_ok]
         load = ["-"] * 4 if module.load is None else [f"{value:.2f}" for value in module.load]
+        name = ".".join(module.name.split(".")[len(shared) :])
         table.add_row(
-            module.name, f"{module.shape[0]} x {module.shape[1] or '?'}", f"{module.k}/{module.r}", state,
+            Text(name), f"{module.shape[0]} x {module.shape[1] or '?'}", f"{module.k}/{module.r}", state,
             f"{module.bias_steps[0]} .. {module.bias_steps[1]}", *load,
         )  # fmt: skip
-    note = "load: share of the tokens that chose a rank at the last training step (even: k/r)"
+    note = "min to cv: each rank's share of the tokens at the last training step (even: k/r)"
     return Group(head, Text(), table, Text(note, style="dim"))
+
+
+def _shared_parts(names: list[str]) -> list[str]:
+    """The leading parts that all names have in common, their last parts aside."""
+    shared = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return shared

@@ -170,10 +170,11 @@ class FlyLoraConfig(PeftConfig):
             )
         self._check_choices()
         self._check_ablations()
+        self._check_numbers()
         if self.blocks is not None:
             self._check_blocks()
         else:
-            self._check_numbers()
+            self._check_ranks()
         check_targets(self)
 
     def _check_choices(self) -> None:
@@ -211,21 +212,10 @@ class FlyLoraConfig(PeftConfig):
             self.save_projection = True  # no seed gives back what was trained
 
     def _check_numbers(self) -> None:
-        for name in ("r", "k"):
-            check_positive_int(name, getattr(self, name))
         for name in ("alpha", "density", "dropout", "balance_rate", "balance_coefficient"):
             value, optional = getattr(self, name), name in ("alpha", "density")
             if isinstance(value, bool) or not isinstance(value, (int, float) + (type(None),) * optional):
                 raise UserError(f"{name} is {value!r}, but must be a number{' or None' * optional}.")
-        if self.k > self.r:
-            raise UserError(f"k is {self.k} but r is {self.r}: k counts active ranks, so choose k <= r.")
-        assert self.rank_pattern is not None
-        for pattern, r in self.rank_pattern.items():
-            check_positive_int(f"rank_pattern[{pattern!r}]", r)
-            if self.k > r:
-                raise UserError(
-                    f"rank_pattern sets r to {r} for {pattern!r}, below k = {self.k}: give it at least k, or lower k."
-                )
         if self.density is not None and not 0 < self.density <= 1:
             raise UserError(
                 f"density is {self.density}, but the share of non-zeros in a row of A must lie in (0, 1]: "
@@ -241,6 +231,19 @@ class FlyLoraConfig(PeftConfig):
         if isinstance(self.projection_seed, bool) or not isinstance(self.projection_seed, int):
             raise UserError(f"projection_seed is {self.projection_seed!r}, but must be an integer.")
 
+    def _check_ranks(self) -> None:
+        for name in ("r", "k"):
+            check_positive_int(name, getattr(self, name))
+        if self.k > self.r:
+            raise UserError(f"k is {self.k} but r is {self.r}: k counts active ranks, so choose k <= r.")
+        assert self.rank_pattern is not None
+        for pattern, r in self.rank_pattern.items():
+            check_positive_int(f"rank_pattern[{pattern!r}]", r)
+            if self.k > r:
+                raise UserError(
+                    f"rank_pattern sets r to {r} for {pattern!r}, below k = {self.k}: give it at least k, or lower k."
+                )
+
     def _check_blocks(self) -> None:
         assert self.blocks is not None
         known = set(BlockConfig.__dataclass_fields__)
@@ -251,8 +254,15 @@ class FlyLoraConfig(PeftConfig):
                     f"A block of this adapter has the unknown fields {sorted(unknown)} or lacks {sorted(missing)}: "
                     "blocks are written by merging and are not meant to be edited."
                 )
-            if block["k"] > block["r"]:
-                raise UserError(f"A block has k = {block['k']} above its r = {block['r']}: choose k <= r.")
+            try:
+                # A merge writes ranks below k for modules that an input leaves alone; there all ranks are active.
+                FlyLoraConfig(**{**block, "rank_pattern": {}})
+                for pattern, r in block.get("rank_pattern", {}).items():
+                    check_positive_int(f"rank_pattern[{pattern!r}]", r)
+                if block["density"] is None:
+                    raise UserError("density is None, but must be a number.")
+            except UserError as error:
+                raise UserError(f"In a block of this adapter: {error}") from error
         if not self.blocks:
             raise UserError("blocks is empty: give at least one block, or None for a single-task adapter.")
         self.r = sum(int(block["r"]) for block in self.blocks)
