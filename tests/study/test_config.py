@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from flylora.study.tables import Spot, is_papers_setup
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TABLES = [1, 2, 3, 6, 10, 11, 12, 13, 14, 15]
-STUDIES = [*(f"table{n}" for n in TABLES), "fig1", "fig4", "smollm2", "smollm2_variants"]
+STUDIES = [*(f"table{n}" for n in TABLES), "fig1", "fig4", "smollm2", "smollm2_rates", "smollm2_variants"]
 
 Save = Callable[..., Path]
 
@@ -234,6 +235,20 @@ def test_the_smollm2_study_is_the_one_described() -> None:
     search = study.lr_search
     assert search is not None
     assert (search.task, search.steps, len(search.rates), search.methods) == ("gsm8k", 60, 3, {})
+
+
+def test_the_rates_of_the_smollm2_study_are_tried_with_the_same_budget() -> None:
+    main, rates = (load_study(CONFIGS / f"{name}.yaml") for name in ("smollm2", "smollm2_rates"))
+    before, after = main.lr_search, rates.lr_search
+    assert before is not None
+    assert after is not None
+    assert after == dataclasses.replace(before, rates=[3e-4, *before.rates])
+    for label in ("lora_r8", "lora_r32", "lora_fa"):
+        found, wanted = (study.train_config("smollm2-135m", label, "gsm8k", 0) for study in (rates, main))
+        assert found == wanted
+    slower = rates.train_config("smollm2-135m", "split_lora_smaller_lr", "gsm8k", 0)
+    split = main.train_config("smollm2-135m", "split_lora_4x8", "gsm8k", 0)
+    assert slower == dataclasses.replace(split, lr=1e-3)
 
 
 def test_the_variants_of_the_smollm2_study_change_one_setting_each() -> None:
