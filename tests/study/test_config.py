@@ -155,6 +155,15 @@ def test_options_make_a_study_smaller(save: Save) -> None:
         narrowed(study, StudyOptions("s", seeds=[]))
 
 
+def test_the_baseline_can_be_another(save: Save) -> None:
+    study = load_study(save())
+    other = narrowed(study, StudyOptions("s", baseline="fly"))
+    assert (study.baseline, other.baseline) == ("lora", "fly")
+    assert plan(other) == plan(study)
+    with pytest.raises(UserError, match="baseline names 'nobody', which is not among the methods"):
+        narrowed(study, StudyOptions("s", baseline="nobody"))
+
+
 def test_seeds_of_tasks_are_apart_and_stay(save: Save) -> None:
     found = {(task, seed): task_seed(task, seed) for task in ("a", "b", "c") for seed in range(20)}
     assert len(set(found.values())) == 60

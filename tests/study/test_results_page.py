@@ -15,6 +15,7 @@ TABLES = {
     "rates": "smollm2/results.md",
     "singles": "smollm2/results.md",
     "differences": "smollm2/results.md",
+    "from_flylora": "smollm2/from_flylora.md",
     "merges": "smollm2/results.md",
     "merged_differences": "smollm2/results.md",
     "norms": "smollm2/overshoot.md",

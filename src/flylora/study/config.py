@@ -368,6 +368,7 @@ class StudyOptions:
         max_length: Longest item in tokens while training.
         train_limit: Train on this many items of each task.
         eval_limit: Evaluate on this many items of each task (and search learning rates with no more).
+        baseline: Compare the methods with this one in place of the study's baseline; what is done stays done.
         allow_code_execution: Run the programs that models write, for tasks that are marked so.
     """
 
@@ -385,6 +386,7 @@ class StudyOptions:
     max_length: int | None = None
     train_limit: int | None = None
     eval_limit: int | None = None
+    baseline: str | None = None
     allow_code_execution: bool = False
 
 
@@ -422,8 +424,11 @@ def load_study(path: str | Path) -> Study:
 
 
 def narrowed(study: Study, options: StudyOptions) -> Study:
-    """The study at the size that the options ask for."""
+    """The study at the size, and with the baseline, that the options ask for."""
     changes: dict[str, Any] = {}
+    if options.baseline is not None:
+        _check_labels("baseline", "methods", [options.baseline], study.methods)
+        changes["baseline"] = options.baseline
     if options.model is not None:
         label = re.sub(r"[^\w.+-]", "-", Path(options.model).name).lstrip(".-_") or "model"
         changes["models"] = {label: ModelSpec(options.model)}
