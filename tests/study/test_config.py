@@ -255,9 +255,9 @@ def test_the_rates_of_the_smollm2_study_are_tried_with_the_same_budget() -> None
     for label in ("lora_r8", "lora_r32", "lora_fa"):
         found, wanted = (study.train_config("smollm2-135m", label, "gsm8k", 0) for study in (rates, main))
         assert found == wanted
-    slower = rates.train_config("smollm2-135m", "split_lora_smaller_lr", "gsm8k", 0)
-    split = main.train_config("smollm2-135m", "split_lora_4x8", "gsm8k", 0)
-    assert slower == dataclasses.replace(split, lr=1e-3)
+    for label, smaller in (("split_lora_4x8", "split_lora_smaller_lr"), ("flylora", "flylora_smaller_lr")):
+        searched = main.train_config("smollm2-135m", label, "gsm8k", 0)
+        assert rates.train_config("smollm2-135m", smaller, "gsm8k", 0) == dataclasses.replace(searched, lr=1e-3)
 
 
 def test_the_variants_of_the_smollm2_study_change_one_setting_each() -> None:
