@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "benchmarks" / "records"
 TABLES = {
     "rates": "smollm2/results.md",
+    "more_rates": "smollm2_rates/results.md",
     "singles": "smollm2/results.md",
     "differences": "smollm2/results.md",
     "from_flylora": "smollm2/from_flylora.md",
@@ -22,6 +23,8 @@ TABLES = {
     "overshoot": "smollm2/overshoot.md",
     "variants": "smollm2_variants/results.md",
     "variant_differences": "smollm2_variants/results.md",
+    "smaller_singles": "smollm2_rates/results.md",
+    "smaller_merges": "smollm2_rates/results.md",
 }
 README_METHODS = {
     "LoRA r 8": "lora_r8",
