@@ -136,6 +136,10 @@ def test_layer_zero_is_a_layer() -> None:
     assert [layer.module_name for layer in layers(model)] == ["model.layers.0.self_attn.q_proj"]
 
 
+def test_a_block_without_a_rank_pattern_may_say_null() -> None:
+    assert FlyLoraConfig(blocks=[{**BLOCK, "rank_pattern": None}]).blocks_at("any")[0].r == 4
+
+
 def test_blocks_set_the_total_ranks() -> None:
     merged = FlyLoraConfig(blocks=[BLOCK, {**BLOCK, "r": 6, "k": 1, "projection_seed": 3}], alpha=20)
     assert (merged.r, merged.k, merged.scaling_at("any")) == (10, 3, 2.0)

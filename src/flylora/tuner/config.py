@@ -257,7 +257,7 @@ class FlyLoraConfig(PeftConfig):
             try:
                 # A merge writes ranks below k for modules that an input leaves alone; there all ranks are active.
                 FlyLoraConfig(**{**block, "rank_pattern": {}})
-                for pattern, r in block.get("rank_pattern", {}).items():
+                for pattern, r in (block.get("rank_pattern") or {}).items():
                     check_positive_int(f"rank_pattern[{pattern!r}]", r)
                 if block["density"] is None:
                     raise UserError("density is None, but must be a number.")
