@@ -31,11 +31,11 @@ $(VENV)/.setup-dev: $(VENV)/.setup
 setup: $(VENV)/.setup
 
 demo: $(VENV)/.setup
-	$(BIN)/python -m flylora.demo
+	$(BIN)/python -m flylora.lab.demo
 
 # The optional kernel, kept beside the packages; without a C++ compiler its tests are skipped.
-$(VENV)/.native: $(VENV)/.setup-dev src/flylora/routed_linear.cpp src/flylora/native.py
-	-XDG_CACHE_HOME=$(VENV)/cache $(BIN)/python -m flylora.native
+$(VENV)/.native: $(VENV)/.setup-dev src/flylora/kernels/cpu.cpp src/flylora/kernels/cpu.py
+	-XDG_CACHE_HOME=$(VENV)/cache $(BIN)/python -m flylora.kernels.cpu
 	@touch $@
 
 # One thread a process: the suite's matrices are tiny, and the two processes would compete for the cores.

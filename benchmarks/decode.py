@@ -26,7 +26,7 @@ from benchmarks.measure import (
     variant,
     write,
 )
-from flylora import native
+from flylora.kernels import cpu as native
 
 
 def decoding(model: nn.Module, batch: int, prompt: int, steps: int, names: list[str] | None) -> Callable[[], None]:

@@ -17,12 +17,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flylora.adapter_folder import read_adapter
 from flylora.export import ExportConfig, export
-from flylora.merging.adapters import read_adapter
-from flylora.merging.retention import item_losses, retention
+from flylora.lab.evaluation.retention import item_losses, retention
+from flylora.lab.tasks import load_task
 from flylora.models import LoadedModel, load_model
 from flylora.records import write_text
-from flylora.tasks import load_task
 
 
 @dataclass(frozen=True)

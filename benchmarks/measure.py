@@ -18,7 +18,8 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
-from flylora import FlyLoraConfig, native
+from flylora import FlyLoraConfig
+from flylora.kernels import cpu as native
 from flylora.models import load_model
 from flylora.records import now, provenance
 

@@ -40,7 +40,7 @@ SHAPES = {  # (out_features, in_features) of Llama-3.1-8B
 def build(folder: Path, seed: int, layers: int) -> None:
     """One adapter of random weights, written tensor by tensor."""
     from flylora import FlyLoraConfig, functional
-    from flylora.merging.adapters import KEY_PREFIX, new_adapter
+    from flylora.adapter_folder import KEY_PREFIX, new_adapter
 
     config = FlyLoraConfig(
         r=RANK,

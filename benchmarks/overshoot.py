@@ -23,14 +23,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flylora.baselines.split_lora import SplitLoraConfig
-from flylora.evaluation import EvalConfig, evaluate
+from flylora.adapter_folder import KIND_NAMES, read_adapter
+from flylora.lab.baselines.split_lora import SplitLoraConfig
+from flylora.lab.evaluation import EvalConfig, evaluate
+from flylora.lab.study.run import CELLS
 from flylora.merging import MergeConfig, merge_adapters
-from flylora.merging.adapters import KIND_NAMES, read_adapter
 from flylora.merging.methods import linear_share
 from flylora.models import LoadedModel, load_model
 from flylora.records import provenance, write_text
-from flylora.study.run import CELLS
 
 ALONE = (1.0, 0.85, 0.7, 0.5)
 TOGETHER = (1.0, 0.5)

@@ -21,11 +21,11 @@ from typing import Any
 import yaml
 
 from flylora.errors import UserError
+from flylora.lab.evaluation.retention import ItemLosses, item_losses, retention
+from flylora.lab.training import TrainConfig, train
 from flylora.merging import CalibrateConfig, MergeConfig, calibrate, merge_adapters
-from flylora.merging.retention import ItemLosses, item_losses, retention
 from flylora.models import LoadedModel, load_model
 from flylora.records import now, provenance
-from flylora.training import TrainConfig, train
 
 FAMILIES: dict[str, tuple[str, bool]] = {  # name: method, whether all tasks share one projection
     "flylora": ("flylora", False),

@@ -26,7 +26,7 @@ from benchmarks.measure import (
     variant,
     write,
 )
-from flylora import native
+from flylora.kernels import cpu as native
 
 CURVES: dict[str, list[int]] = {
     "tokens": [128, 256, 512, 1024, 2048, 4096],

@@ -18,9 +18,9 @@ import flylora
 from flylora import cli
 from flylora.cli import COMMANDS, main, parse
 from flylora.errors import UserError
-from flylora.evaluation import EvalConfig
-from flylora.training import TrainConfig
-from flylora.training.interrupt import TrainingInterrupted
+from flylora.lab.evaluation import EvalConfig
+from flylora.lab.training import TrainConfig
+from flylora.lab.training.interrupt import TrainingInterrupted
 
 TRAIN = ["train", "--model", "m", "--task", "t", "--out", "o"]
 

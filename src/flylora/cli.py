@@ -23,12 +23,12 @@ from jsonargparse import ArgumentParser
 
 from flylora import __version__
 from flylora.errors import UserError
-from flylora.evaluation.config import EvalConfig
 from flylora.export.config import ExportConfig
+from flylora.lab.evaluation.config import EvalConfig
+from flylora.lab.study.config import StudyOptions
+from flylora.lab.training.config import TrainConfig
+from flylora.lab.training.interrupt import TrainingInterrupted
 from flylora.merging.config import CalibrateConfig, MergeConfig
-from flylora.study.config import StudyOptions
-from flylora.training.config import TrainConfig
-from flylora.training.interrupt import TrainingInterrupted
 
 EXIT_CELLS_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -70,21 +70,21 @@ class InspectConfig:
 
 
 def _train(config: TrainConfig) -> None:
-    from flylora.show import show_training
-    from flylora.training import train
+    from flylora.lab.show import show_training
+    from flylora.lab.training import train
 
     show_training(train(config))
 
 
 def _eval(config: EvalConfig) -> None:
     if config.lm_eval is not None:
-        from flylora.evaluation import evaluate_with_harness
-        from flylora.evaluation.show import show_harness
+        from flylora.lab.evaluation import evaluate_with_harness
+        from flylora.lab.evaluation.show import show_harness
 
         show_harness(evaluate_with_harness(config))
         return
-    from flylora.evaluation import evaluate
-    from flylora.show import show_evaluation
+    from flylora.lab.evaluation import evaluate
+    from flylora.lab.show import show_evaluation
 
     show_evaluation(evaluate(config))
 
@@ -111,8 +111,8 @@ def _calibrate(config: CalibrateConfig) -> None:
 
 
 def _study(options: StudyOptions) -> int:
-    from flylora.study import study
-    from flylora.study.show import show_plan, show_study
+    from flylora.lab.study import study
+    from flylora.lab.study.show import show_plan, show_study
 
     if options.plan:
         show_plan(options)
@@ -125,9 +125,9 @@ def _study(options: StudyOptions) -> int:
 def _preview(config: PreviewConfig) -> None:
     from rich import print as show
 
-    from flylora.data import render_preview
+    from flylora.lab.data import render_preview
+    from flylora.lab.tasks import load_task
     from flylora.models import load_tokenizer
-    from flylora.tasks import load_task
 
     task = load_task(config.task, config.data_dir)
     tokenizer = load_tokenizer(config.model)

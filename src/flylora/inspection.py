@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
-from .merging.adapters import SavedAdapter, read_adapter
-from .tuner.config import FlyLoraConfig
+from flylora.adapter_folder import SavedAdapter, read_adapter
+from flylora.errors import UserError
+from flylora.tuner.config import FlyLoraConfig
 
 EXPERT_LOAD_FILE = "expert_load.json"
 """Written beside the adapter by ``flylora train``: each rank's share of the tokens at the last step, by module."""

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from flylora.cli import main
-from flylora.training.callbacks import RunCallback
+from flylora.lab.training.callbacks import RunCallback
 
 
 @pytest.fixture

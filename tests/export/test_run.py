@@ -16,17 +16,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from conftest import make_tokenizer
+from flylora.adapted import adapted
+from flylora.adapter_folder import read_adapter
 from flylora.errors import UserError
-from flylora.evaluation.adapters import adapted
-from flylora.evaluation.run import OTHER_WEIGHTS
 from flylora.export import ExportConfig, export
 from flylora.export.record import RECORD_NAME, ExportRecord
 from flylora.export.texts import read_texts
 from flylora.functional import routed_codes, select
-from flylora.merging.adapters import read_adapter
+from flylora.lab.evaluation.run import OTHER_WEIGHTS
+from flylora.lab.training.record import TrainRecord
 from flylora.models import LoadedModel, load_model
 from flylora.records import provenance, read_record, write_record
-from flylora.training.record import TrainRecord
 from fresh import run_fresh
 
 from .conftest import SaveAdapter

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from flylora.data import IGNORED
 from flylora.errors import UserError
 from flylora.export.texts import read_texts
+from flylora.lab.data import IGNORED
 
 
 def shown(tokenizer: PreTrainedTokenizerFast, rows: list) -> list[str]:

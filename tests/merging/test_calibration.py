@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 from conftest import make_model
 from flylora import UserError, functional
-from flylora.data import IGNORED, Encoded
+from flylora.adapter_folder import SavedAdapter, read_adapter
+from flylora.lab.data import IGNORED, Encoded
+from flylora.lab.evaluation.retention import ItemLosses, retention
+from flylora.lab.tasks import Example, Task
 from flylora.merging import CalibrateConfig, MergeConfig, calibrate, merge_adapters
-from flylora.merging.adapters import SavedAdapter, read_adapter
 from flylora.merging.calibration import GramTable, _texts, gather, read_statistics, write_statistics
 from flylora.merging.engine import MergeSpec, merge_to
 from flylora.merging.layout import plan
 from flylora.merging.merge import TABLE_NAME
-from flylora.merging.retention import ItemLosses, retention
-from flylora.tasks import Example, Task
-from merging.conftest import Save, fly, lora
 from reference import merging as reference
+from saved_adapters import Save, fly, lora
 
 Q = "model.layers.1.self_attn.q_proj"
 

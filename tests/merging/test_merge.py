@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from conftest import make_model
 from flylora import UserError
+from flylora.adapter_folder import WEIGHTS_FILE, SavedAdapter, read_adapter
 from flylora.merging import MergeRecord
-from flylora.merging.adapters import WEIGHTS_FILE, SavedAdapter, read_adapter
 from flylora.merging.record import RECORD_NAME
 from flylora.records import read_record
-from merging.conftest import Save, assert_same_outputs, fly, lora, merge, outputs, weighted
+from saved_adapters import Save, assert_same_outputs, fly, lora, merge, outputs, weighted
 
 
 def varied(save: Save) -> list[SavedAdapter]:
@@ -304,7 +304,7 @@ def test_an_interrupted_merge_leaves_nothing(save: Save, tmp_path: Path, monkeyp
         if len(calls) == 7:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("flylora.merging.adapters.TensorFile.write", interrupt)
+    monkeypatch.setattr("flylora.adapter_folder.TensorFile.write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         merge(tmp_path / "out", adapters)
     assert sorted(tmp_path.iterdir()) == before

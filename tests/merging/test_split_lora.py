@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from flylora import UserError
-from flylora.merging.adapters import read_adapter
+from flylora.adapter_folder import read_adapter
 from flylora.merging.show import show_merge
-from merging.conftest import Save, assert_same_outputs, fly, lora, merge, outputs, split, weighted
+from saved_adapters import Save, assert_same_outputs, fly, lora, merge, outputs, split, weighted
 
 
 @pytest.mark.parametrize(("method", "weights"), [("average", [0.25, 0.5, 0.25]), ("sum", [1.5, -0.5, 2.0])])

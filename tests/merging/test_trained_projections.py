@@ -11,7 +11,7 @@ import torch
 from conftest import make_model
 from flylora import FlyLoraConfig
 from flylora.merging import MergeConfig, merge_adapters
-from merging.conftest import assert_same_outputs, fly, outputs, randomise, weighted
+from saved_adapters import assert_same_outputs, fly, outputs, randomise, weighted
 
 TRAINING = {"trained": {}, "two_phase": {"projection_steps": 3}}
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flylora import UserError, functional
-from flylora.balance import balance_model
-from flylora.merging.adapters import read_adapter
+from flylora.adapter_folder import read_adapter
 from flylora.tuner import ablations
+from flylora.tuner.balance import balance_model
 from reference import flylora as reference
 from tiny_models import config, layers, llama, mlp, randomize, seeded, tokens
 from tuner.test_layer import adapted, close, expected_of, linear, reference_block

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
-from flylora import FlyLoraLinear, UserError, functional, native
+from flylora import FlyLoraLinear, UserError, functional
+from flylora.kernels import cpu as native
 from flylora.tuner.layer import canonical_name
 from reference import flylora as reference
 from tiny_models import (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from flylora import expert_shares
-from flylora.balance import BalanceCallback
+from flylora.tuner.balance import BalanceCallback
 from tiny_models import config, layers, llama, randomize, tokens
 
 STEPS = 3

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..merging.adapters import ModuleFactors, SavedAdapter
-from .config import Method
-from .linear import (
+from flylora.adapter_folder import ModuleFactors, SavedAdapter
+from flylora.errors import UserError
+from flylora.export.config import Method
+from flylora.export.linear import (
     Moments,
     calibrated_codes,
     cut_to_rank,

@@ -11,13 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import UserError
-from ..merging.engine import progress
-from ..models import first_line
-from ..records import saving
-from .config import SaveDType
-from .factors import LinearFactors
-from .moments import adapted_modules
+from flylora.errors import UserError
+from flylora.export.config import SaveDType
+from flylora.export.factors import LinearFactors
+from flylora.export.moments import adapted_modules
+from flylora.merging.engine import progress
+from flylora.models import first_line
+from flylora.records import saving
 
 
 def add_updates(model: nn.Module, factors: Sequence[LinearFactors], quiet: bool = False) -> None:

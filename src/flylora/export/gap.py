@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..data import IGNORED, Encoded
-from ..errors import UserError
-from .moments import batches
+from flylora.errors import UserError
+from flylora.export.moments import batches
+from flylora.lab.data import IGNORED, Encoded
 
 MAX_TOKENS = 2048
 """Held-out tokens at most: the adapter's predictions are kept on disk, 4 bytes for each token and vocabulary entry."""

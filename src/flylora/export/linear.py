@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..functional import Block
-from ..merging.methods import balance_factors, linear_share
+from flylora.errors import UserError
+from flylora.functional import Block
+from flylora.merging.methods import balance_factors, linear_share
 
 
 @dataclass

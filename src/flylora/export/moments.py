@@ -11,14 +11,14 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 
-from .. import functional
-from ..data import CompletionCollator, Encoded
-from ..errors import UserError
-from ..evaluation.adapters import base_of
-from ..merging.adapters import ModuleFactors, SavedAdapter
-from ..merging.engine import progress
-from ..tuner.layer import canonical_name
-from .linear import Moments
+from flylora import functional
+from flylora.adapted import base_of
+from flylora.adapter_folder import ModuleFactors, SavedAdapter
+from flylora.errors import UserError
+from flylora.export.linear import Moments
+from flylora.lab.data import CompletionCollator, Encoded
+from flylora.merging.engine import progress
+from flylora.tuner.layer import canonical_name
 
 
 def gather_moments(

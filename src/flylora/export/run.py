@@ -13,29 +13,29 @@ from typing import Any
 
 from peft import PeftModel
 
-from ..data import Encoded
-from ..errors import UserError
-from ..evaluation.adapters import adapted, trained_on_other_weights
-from ..evaluation.config import EvalConfig
-from ..evaluation.record import EvalRecord
-from ..evaluation.run import OTHER_WEIGHTS
-from ..evaluation.run import run as evaluate
-from ..merging.adapters import SavedAdapter, new_folder, read_adapter, refuse_existing
-from ..merging.calibration import load_base
-from ..merging.retention import ItemLosses, retention
-from ..models import LoadedModel, load_model
-from ..records import file_sha256, now, provenance, read_record, write_record
-from ..tasks import load_task
-from ..training.record import RECORD_NAME as TRAIN_RECORD
-from ..training.record import TrainRecord
-from .config import ExportConfig
-from .factors import LinearFactors, check_method, linear_factors
-from .full import add_updates, write_full
-from .gap import Gap, GapMeter
-from .lora import write_lora
-from .moments import adapted_modules, features, gather_moments, parts
-from .record import RECORD_NAME, ExportRecord
-from .texts import Texts, read_texts
+from flylora.adapted import adapted, trained_on_other_weights
+from flylora.adapter_folder import SavedAdapter, new_folder, read_adapter, refuse_existing
+from flylora.errors import UserError
+from flylora.export.config import ExportConfig
+from flylora.export.factors import LinearFactors, check_method, linear_factors
+from flylora.export.full import add_updates, write_full
+from flylora.export.gap import Gap, GapMeter
+from flylora.export.lora import write_lora
+from flylora.export.moments import adapted_modules, features, gather_moments, parts
+from flylora.export.record import RECORD_NAME, ExportRecord
+from flylora.export.texts import Texts, read_texts
+from flylora.lab.data import Encoded
+from flylora.lab.evaluation.config import EvalConfig
+from flylora.lab.evaluation.record import EvalRecord
+from flylora.lab.evaluation.retention import ItemLosses, retention
+from flylora.lab.evaluation.run import OTHER_WEIGHTS
+from flylora.lab.evaluation.run import run as evaluate
+from flylora.lab.tasks import load_task
+from flylora.lab.training.record import RECORD_NAME as TRAIN_RECORD
+from flylora.lab.training.record import TrainRecord
+from flylora.merging.calibration import load_base
+from flylora.models import LoadedModel, load_model
+from flylora.records import file_sha256, now, provenance, read_record, write_record
 
 NOT_MEASURED = (
     "The gap between adapter and export was not measured, because there was no text: name a task or a text file with "

@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from ..show import number, percent
-from .record import ExportRecord
+from flylora.export.record import ExportRecord
+from flylora.lab.show import number, percent
 
 _WHO = ("base", "adapter", "export")
 

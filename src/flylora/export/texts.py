@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data import IGNORED, Encoded, encode, encode_all, encode_prompt
-from ..errors import UserError
-from ..records import file_sha256
-from ..tasks import Example, Task, load_task
+from flylora.errors import UserError
+from flylora.lab.data import IGNORED, Encoded, encode, encode_all, encode_prompt
+from flylora.lab.tasks import Example, Task, load_task
+from flylora.records import file_sha256
 
 _FILES = (".txt", ".jsonl")
 _HELD_OUT_SHARE = 5

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .config import CalibrateConfig, MergeConfig
+from flylora.merging.config import CalibrateConfig, MergeConfig
 
 if TYPE_CHECKING:
-    from .adapters import SavedAdapter, read_adapter, write_adapter
-    from .calibration import calibrate
-    from .merge import merge_adapters
-    from .record import MergeRecord
+    from flylora.adapter_folder import SavedAdapter, read_adapter, write_adapter
+    from flylora.merging.calibration import calibrate
+    from flylora.merging.merge import merge_adapters
+    from flylora.merging.record import MergeRecord
 
 _LAZY = {
     "SavedAdapter": ".adapters",

@@ -23,17 +23,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..data import IGNORED, CompletionCollator, Encoded, encode
-from ..errors import UserError
-from ..evaluation.adapters import adapted, base_of
-from ..models import LoadedModel, load_model
-from ..records import provenance, saving
-from ..tasks import Task, load_task
-from ..tuner.layer import canonical_name
-from .adapters import SavedAdapter, TensorFile, read_adapter
-from .config import CalibrateConfig, Tokens
-from .engine import MergeSpec, merge_to, progress
-from .layout import Codes, Layout, check_compatible, codes, plan
+from flylora.adapted import adapted, base_of
+from flylora.adapter_folder import SavedAdapter, TensorFile, read_adapter
+from flylora.errors import UserError
+from flylora.lab.data import IGNORED, CompletionCollator, Encoded, encode
+from flylora.lab.tasks import Task, load_task
+from flylora.merging.config import CalibrateConfig, Tokens
+from flylora.merging.engine import MergeSpec, merge_to, progress
+from flylora.merging.layout import Codes, Layout, check_compatible, codes, plan
+from flylora.models import LoadedModel, load_model
+from flylora.records import provenance, saving
+from flylora.tuner.layer import canonical_name
 
 FORMAT_VERSION = 1
 

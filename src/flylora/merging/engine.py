@@ -15,13 +15,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ..baselines.split_lora import SplitLoraConfig
-from ..errors import UserError
-from ..tuner.config import FlyLoraConfig
-from ..tuner.layer import ProjectionState, identity_tensors
-from .adapters import KEY_PREFIX, WEIGHTS_FILE, Kind, SavedAdapter, TensorFile, new_folder, save_config
-from .layout import Layout, MergedIdentity, ModuleLayout, check_compatible, merged_down, merged_identity, plan
-from .methods import (
+from flylora.adapter_folder import KEY_PREFIX, WEIGHTS_FILE, Kind, SavedAdapter, TensorFile, new_folder, save_config
+from flylora.errors import UserError
+from flylora.lab.baselines.split_lora import SplitLoraConfig
+from flylora.merging.layout import (
+    Layout,
+    MergedIdentity,
+    ModuleLayout,
+    check_compatible,
+    merged_down,
+    merged_identity,
+    plan,
+)
+from flylora.merging.methods import (
     Update,
     best_ridge,
     cut_factors,
@@ -33,7 +39,9 @@ from .methods import (
     update_seed,
     weighted_sum,
 )
-from .table import Method, effective_weights, method
+from flylora.merging.table import Method, effective_weights, method
+from flylora.tuner.config import FlyLoraConfig
+from flylora.tuner.layer import ProjectionState, identity_tensors
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 

@@ -15,13 +15,13 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from .. import functional
-from ..baselines.split_lora import SplitLoraConfig
-from ..errors import UserError
-from ..functional import Block, SparseProjection
-from ..tuner.config import BlockConfig, FlyLoraConfig
-from ..tuner.layer import generate_block
-from .adapters import KIND_NAMES, Kind, ModuleFactors, SavedAdapter
+from flylora import functional
+from flylora.adapter_folder import KIND_NAMES, Kind, ModuleFactors, SavedAdapter
+from flylora.errors import UserError
+from flylora.functional import Block, SparseProjection
+from flylora.lab.baselines.split_lora import SplitLoraConfig
+from flylora.tuner.config import BlockConfig, FlyLoraConfig
+from flylora.tuner.layer import generate_block
 
 Source = tuple[int, int]
 """An input by its position, and one of its blocks by its position (0 for a LoRA)."""

@@ -14,16 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..models import LoadedModel
-from ..records import now, provenance, saving, write_record, write_text
-from .adapters import Kind, SavedAdapter, new_folder, read_adapter, refuse_existing
-from .calibration import GramTable, Running, TaskStatistics, load_base, read_statistics, task_statistics
-from .config import MergeConfig
-from .engine import RIDGES, MergeReport, MergeSpec, Statistics, check_method, merge_to
-from .layout import Layout, check_compatible, plan
-from .record import RECORD_NAME, MergeRecord
-from .retention import (
+from flylora.adapter_folder import Kind, SavedAdapter, new_folder, read_adapter, refuse_existing
+from flylora.errors import UserError
+from flylora.lab.evaluation.retention import (
     ItemLosses,
     TaskRetention,
     as_json,
@@ -33,7 +26,14 @@ from .retention import (
     retention,
     retention_table,
 )
-from .table import Method, effective_weights, method
+from flylora.merging.calibration import GramTable, Running, TaskStatistics, load_base, read_statistics, task_statistics
+from flylora.merging.config import MergeConfig
+from flylora.merging.engine import RIDGES, MergeReport, MergeSpec, Statistics, check_method, merge_to
+from flylora.merging.layout import Layout, check_compatible, plan
+from flylora.merging.record import RECORD_NAME, MergeRecord
+from flylora.merging.table import Method, effective_weights, method
+from flylora.models import LoadedModel
+from flylora.records import now, provenance, saving, write_record, write_text
 
 TABLE_NAME = "retention.md"
 

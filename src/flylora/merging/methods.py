@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from peft.utils import merge_utils
 from torch import Tensor
 
-from ..errors import UserError
-from ..functional import Block
+from flylora.errors import UserError
+from flylora.functional import Block
 
 Pruning = Literal["magnitude", "random", "none"]
 SignMethod = Literal["total", "frequency"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..records import Record
+from flylora.records import Record
 
 RECORD_NAME = "merge_record.json"
 

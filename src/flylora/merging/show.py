@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from .adapters import KIND_NAMES
-from .calibration import TaskStatistics
-from .config import CalibrateConfig
-from .record import MergeRecord
+from flylora.adapter_folder import KIND_NAMES
+from flylora.merging.calibration import TaskStatistics
+from flylora.merging.config import CalibrateConfig
+from flylora.merging.record import MergeRecord
 
 
 def show_merge(record: MergeRecord) -> None:

@@ -9,9 +9,9 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from ..errors import UserError
-from .config import MethodName
-from .methods import Update, sparsified_sum
+from flylora.errors import UserError
+from flylora.merging.config import MethodName
+from flylora.merging.methods import Update, sparsified_sum
 
 Result = Literal["codes", "matrix"]
 

@@ -1,15 +1,12 @@
-"""FlyLoRA as a PEFT method; importing this package registers it, and the baselines with it."""
+"""FlyLoRA as a PEFT method; importing this package registers it with PEFT."""
 
 from __future__ import annotations
 
-from .config import FlyLoraConfig
-from .layer import FlyLoraLinear
-from .model import FlyLoraModel
-from .registration import register
+from flylora.tuner.config import FlyLoraConfig
+from flylora.tuner.layer import FlyLoraLinear
+from flylora.tuner.model import FlyLoraModel
+from flylora.tuner.registration import register
 
 __all__ = ["FlyLoraConfig", "FlyLoraLinear", "FlyLoraModel"]
 
 register(FlyLoraConfig, FlyLoraModel)
-
-# Whoever can load a FlyLoRA adapter can load a baseline's; they import parts of this package, so they come last.
-from .. import baselines  # noqa: E402, F401

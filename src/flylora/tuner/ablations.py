@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from .. import functional
-from ..functional import Block, SparseProjection
-from ..stepping import after_optimizer_steps, positions
+from flylora import functional
+from flylora.functional import Block, SparseProjection
+from flylora.tuner.optimizer_steps import after_optimizer_steps, positions
 
 if TYPE_CHECKING:
-    from .config import FlyLoraConfig
-    from .layer import FlyLoraLinear, RoutingContext
+    from flylora.tuner.config import FlyLoraConfig
+    from flylora.tuner.layer import FlyLoraLinear, RoutingContext
 
 
 class Ablation(NamedTuple):

@@ -9,9 +9,9 @@ from typing import Any, Literal, Optional, Union, get_args
 from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 
-from ..errors import UserError
-from ..functional import Selection, nonzeros_per_row
-from .registration import FLYLORA
+from flylora.errors import UserError
+from flylora.functional import Selection, nonzeros_per_row
+from flylora.tuner.registration import FLYLORA
 
 Balance = Literal["loss_free", "aux_loss", "none"]
 ProjectionInit = Literal["gaussian", "rademacher", "fjlt"]

@@ -16,13 +16,14 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import balance, functional, native
-from ..errors import UserError
-from ..functional import Block, SparseProjection
-from . import ablations
-from .ablations import Ablation
-from .config import BlockConfig, FlyLoraConfig
-from .weights import merge_updates, shifted_weight
+from flylora import functional
+from flylora.errors import UserError
+from flylora.functional import Block, SparseProjection
+from flylora.kernels import cpu as native
+from flylora.tuner import ablations, balance
+from flylora.tuner.ablations import Ablation
+from flylora.tuner.config import BlockConfig, FlyLoraConfig
+from flylora.tuner.weights import merge_updates, shifted_weight
 
 # Names that wrappers put into a module's path; A's seed must not depend on them.
 WRAPPER_NAMES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})

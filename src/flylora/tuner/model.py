@@ -18,18 +18,18 @@ from peft.utils import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import UserError
-from ..functional import SparseProjection, densify
-from .ablations import LossScaleHook
-from .config import FlyLoraConfig
-from .layer import (
+from flylora.errors import UserError
+from flylora.functional import SparseProjection, densify
+from flylora.tuner.ablations import LossScaleHook
+from flylora.tuner.config import FlyLoraConfig
+from flylora.tuner.layer import (
     ROUTED_MERGE,
     WRAPPER_NAMES,
     FlyLoraLinear,
     RoutingContext,
     identity_tensors,
 )
-from .registration import PREFIX
+from flylora.tuner.registration import PREFIX
 
 # Their fused kernels read the projection's weight themselves, so an adapter on it would never be called.
 _MAMBA_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})

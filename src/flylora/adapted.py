@@ -1,0 +1,132 @@
+"""A saved adapter put on a base model, with everything that can be wrong with it told in one sentence."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+import flylora  # noqa: F401  registers FLYLORA with PEFT
+from flylora.errors import UserError
+from flylora.lab.training.record import RECORD_NAME
+from flylora.models import LoadedModel, first_line, take_off
+from flylora.records import adapter_fingerprint
+
+
+@contextmanager
+def adapted(loaded: LoadedModel, folder: Path) -> Iterator[tuple[PeftModel, str]]:
+    """The model with the adapter of ``folder`` on it, and the adapter's fingerprint; taken off again at the end.
+
+    Raises:
+        UserError: The folder is missing or holds no finished adapter, a file is corrupt, or the adapter was made for
+            another base model.
+    """
+    _check_folder(folder)
+    fingerprint = adapter_fingerprint(folder)
+    with _explaining_misfit(loaded, folder):
+        model = _made(loaded, folder)
+    try:
+        with _explaining_misfit(loaded, folder):
+            _fill(model, folder)
+        _check_fit(model, loaded, folder)
+        yield model, fingerprint
+    finally:
+        take_off(model)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"There is no adapter folder {folder}: check the path.")
+    config = folder / "adapter_config.json"
+    if not config.is_file():
+        if (folder / RECORD_NAME).is_file():
+            raise UserError(f"The training run in {folder} is not finished: go on with flylora train --resume.")
+        raise UserError(f"The folder {folder} holds no adapter (no adapter_config.json): give the folder of one.")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{config} is not valid JSON ({error}): copy or train the adapter again.") from error
+
+
+def _made(loaded: LoadedModel, folder: Path) -> PeftModel:
+    """The model with an adapter of the right form, not yet its values.
+
+    Making and filling it are two steps, unlike in ``PeftModel.from_pretrained``, so that it can be taken off a model
+    that its values do not fit.
+    """
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    # PEFT would warn that the base has another name; whether it is another one is told by hash and shapes.
+    config.base_model_name_or_path = None
+    with torch.random.fork_rng():
+        return get_peft_model(loaded.model, config)
+
+
+def _fill(model: PeftModel, folder: Path) -> None:
+    with warnings.catch_warnings():
+        # _check_fit turns this warning into an error that names the base model.
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        model.load_adapter(str(folder), model.active_adapter)
+    model.eval()
+
+
+@contextmanager
+def _explaining_misfit(loaded: LoadedModel, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        raise UserError(
+            f"The adapter in {folder} does not fit the base model {loaded.source} ({_essence(error)}): give the base "
+            "model it was trained on."
+        ) from error
+
+
+def _essence(error: Exception) -> str:
+    # torch lists every tensor of the wrong shape, one a line under a heading; one is enough.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    mismatches = [line for line in lines if "size mismatch" in line]
+    return mismatches[0].rstrip(".") if mismatches else first_line(error)
+
+
+def _check_fit(model: PeftModel, loaded: LoadedModel, folder: Path) -> None:
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        stored = set(file.keys())
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    for names, what in ((stored - expected, "no place for"), (expected - stored, "no value for")):
+        if names:
+            raise UserError(
+                f"The adapter in {folder} does not fit the base model {loaded.source}, which has {what} {len(names)} "
+                f"tensors such as {min(names)}: give the base model it was trained on."
+            )
+
+
+@torch.no_grad()
+def changes_logits(model: PeftModel, input_ids: torch.Tensor) -> bool:
+    """Whether the adapter makes any difference to the logits of a probe batch (batch, tokens)."""
+    with_adapter = model(input_ids=input_ids).logits[:, -input_ids.shape[1] :]
+    with model.disable_adapter():
+        without = model(input_ids=input_ids).logits
+    return not torch.equal(with_adapter, without)
+
+
+def trained_on_other_weights(folder: Path, loaded: LoadedModel) -> bool:
+    """Whether the adapter's training record names a base model with other weights; ``False`` without a record."""
+    path = folder / RECORD_NAME
+    if not path.is_file():
+        return False
+    body = json.loads(path.read_text(encoding="utf-8"))
+    return bool(body.get("provenance", {}).get("model_sha256", loaded.sha256) != loaded.sha256)
+
+
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model, with or without an adapter around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -1,0 +1,355 @@
+"""What the baseline methods share: a PEFT config, a layer that adds an update to a frozen linear layer, and a tuner.
+
+Legend of the baselines' docstrings: n, m are in_features and out_features; x (..., n) is a layer's input; A (r, n) and
+B (m, r) are a low-rank pair, y = A x; s = alpha / r scales the update. A method says which tensors it has and how they
+give the update; all else, from injection to saving, is here or PEFT's.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Optional, Union
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    quantization_extra_repr,
+    resolve_quantization_backend,
+)
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+from transformers.pytorch_utils import Conv1D
+
+from flylora.errors import UserError
+from flylora.tuner.config import check_positive_int, check_targets
+from flylora.tuner.optimizer_steps import after_optimizer_steps, positions
+from flylora.tuner.registration import peft_type
+from flylora.tuner.weights import merge_updates, shifted_weight
+
+
+@dataclass
+class BaselineConfig(PeftConfig):
+    """Fields that every baseline has; they mean what they mean in [`flylora.FlyLoraConfig`].
+
+    Args:
+        r: rank; where a method has several experts, of all of them together.
+        alpha: scaling numerator; the update is multiplied by s = alpha / r. None: 2 r.
+        dropout: probability of dropping an entry of the adapter's input while training.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in any PEFT config.
+        bias: only "none".
+
+    Raises:
+        flylora.UserError: (a ValueError) when a field, or fields together, cannot be meant.
+    """
+
+    method: ClassVar[str]
+
+    r: int = field(default=8, metadata={"help": "Rank."})
+    alpha: Optional[float] = field(
+        default=None, metadata={"help": "Scaling numerator: the update is multiplied by alpha / r. None: 2 r."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the adapter's input."})
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Names, a regular expression or 'all-linear'. None: PEFT's defaults."}
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Names or a regular expression of modules to leave alone."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "Indices of the layers to adapt. None: all."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Name of the layer list, where it is not among the common ones."}
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None, metadata={"help": "Modules besides the adapter to train and save, e.g. a classifier."}
+    )
+    bias: str = field(default="none", metadata={"help": "Only 'none': no biases are trained."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type(self.method)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        check_positive_int("r", self.r)
+        check_share("dropout", self.dropout, above=False)
+        if self.alpha is not None and not (_is_number(self.alpha) and math.isfinite(self.alpha)):
+            raise UserError(f"alpha is {self.alpha!r}, but must be a finite number; None means 2 r.")
+        if self.bias != "none":
+            raise UserError(f"bias is {self.bias!r}, but must be 'none': this method trains no biases.")
+        check_targets(self)
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / r; 2 where alpha is None."""
+        return 2.0 if self.alpha is None else self.alpha / self.r
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_share(name: str, value: Any, above: bool = True) -> None:
+    """``value`` is a number in (0, 1], or in [0, 1) where it need not be ``above`` 0.
+
+    Raises:
+        flylora.UserError: it is not.
+    """
+    if not (_is_number(value) and (0 < value <= 1 if above else 0 <= value < 1)):
+        raise UserError(f"{name} is {value!r}, but must be a number in {'(0, 1]' if above else '[0, 1)'}.")
+
+
+class Held(NamedTuple):
+    """One layer's adapter that an optimizer has just trained, with the step's learning rate."""
+
+    layer: Any
+    adapter: str
+    lr: float
+
+
+class BaselineLinear(nn.Module, BaseTunerLayer):
+    """Adapters of one baseline on nn.Linear, a quantized linear layer, or transformers' Conv1D.
+
+    A method's class names its tensors in ``adapter_layer_names`` (parameters) and ``buffer_names``, and says in
+    ``frozen_names`` which parameters do not train; it makes them in [`new_tensors`] and uses them in [`update`].
+
+    A method that has something to do after each optimizer step names the parameter by which its layers are found in
+    the optimizer in ``stepped_name``, and does it in [`after_step`].
+
+    Attributes:
+        configs: the config of each adapter, by the adapter's name.
+    """
+
+    stepped_name: ClassVar[str] = ""
+    buffer_names: ClassVar[tuple[str, ...]] = ()
+    frozen_names: ClassVar[tuple[str, ...]] = ()
+    other_param_names: tuple[str, ...] = ("configs", "dropouts", "scaling")
+    mergeable: ClassVar[bool] = True
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: BaselineConfig, **kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        assert in_features is not None
+        assert out_features is not None
+        self.in_features, self.out_features = in_features, out_features
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict({}))
+        for name in self.buffer_names:
+            setattr(self, name, BufferDict(persistent=True))
+        self.dropouts = nn.ModuleDict({})
+        self.configs: dict[str, Any] = {}
+        self.scaling: dict[str, float] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self.kwargs = kwargs
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
+        self._track()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._track()
+
+    def _track(self) -> None:
+        if self.stepped_name:
+            _stepped.add(self)
+            after_optimizer_steps(_step_layers)
+
+    # --- what a method says ---------------------------------------------------------------------------------------
+
+    def new_tensors(self, config: Any) -> dict[str, Tensor]:
+        """The initial tensors of an adapter, by the names of the attributes that hold them."""
+        raise NotImplementedError
+
+    def update(self, adapter: str, x: Tensor) -> Tensor:
+        """What the adapter adds to the base layer's output: x (..., n) -> (..., m)."""
+        raise NotImplementedError
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """(up, down), (m, r) and (r, n), whose product times s is the adapter in evaluation; for mergeable methods."""
+        raise NotImplementedError
+
+    @classmethod
+    def after_step(cls, held: list[Held], optimizer: Optimizer) -> None:
+        """What follows an optimizer step that trained one adapter of the ``held`` layers."""
+        raise NotImplementedError
+
+    def active_parameters(self, adapter: str, n: float, m: float) -> float:
+        """How many trained parameters act on one token, were this a layer of n inputs and m outputs."""
+        raise NotImplementedError
+
+    # --- adapters ---------------------------------------------------------------------------------------------------
+
+    def update_layer(
+        self, adapter_name: str, config: BaselineConfig, inference_mode: bool = False, **kwargs: Any
+    ) -> None:
+        """Add an adapter with its initial tensors."""
+        self.configs[adapter_name] = config
+        self.scaling[adapter_name] = config.scaling
+        self.dropouts[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        for name, tensor in self.new_tensors(config).items():
+            held = getattr(self, name)
+            held[adapter_name] = nn.Parameter(tensor) if isinstance(held, nn.ParameterDict) else tensor
+        if self.frozen_names:
+            self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: self.frozen_names}
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def is_on(self, adapter: str) -> bool:
+        """Whether this layer has the adapter."""
+        return adapter in self.configs
+
+    # --- forward ------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """out = W x + the active adapters' updates; x is (..., n), the result (..., m)."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        out: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return out
+        if self.quantization_backend is not None:
+            out = self.quantization_backend.maybe_clone_base_result(out)
+        for name in self.active_adapters:
+            if self.is_on(name):
+                dtype = getattr(self, self.adapter_layer_names[0])[name].dtype
+                out = out + self.update(name, self._cast_input_dtype(x, dtype)).to(out.dtype)
+        return out
+
+    # --- merging into the weights -------------------------------------------------------------------------------------
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter is a plain product B A in evaluation."""
+        return self.mergeable
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """s times up times down, in the shape of the base layer's weight: (m, n) or, for Conv1D, (n, m).
+
+        Raises:
+            flylora.UserError: for a method that routes.
+        """
+        if not self.mergeable:
+            raise UserError(ROUTED_MERGE.format(name=adapter))
+        up, down = self.factors(adapter)
+        dtype = torch.promote_types(up.dtype, torch.float32)
+        delta = (up.to(dtype) * self.scaling[adapter]) @ down.to(dtype)
+        return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        """Add adapters to the base weight; ``safe_merge`` checks the result for NaN and infinity first."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.is_on(name)]
+        merge_updates(self, {name: self.get_delta_weight(name) for name in names}, safe_merge)
+
+    def unmerge(self) -> None:
+        """Subtract the merged adapters from the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            self.set_base_weight(shifted_weight(self, -self.get_delta_weight(self.merged_adapters.pop())))
+
+    def __repr__(self) -> str:
+        return f"{next(iter(self.configs.values())).method}." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+_stepped: weakref.WeakSet[BaselineLinear] = weakref.WeakSet()
+
+
+def _step_layers(optimizer: Optimizer) -> None:
+    """Hand each method the layers that the optimizer has just trained, one adapter at a time, in a fixed order."""
+    place = positions(optimizer)
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    found: dict[tuple[type[BaselineLinear], str], list[tuple[int, Held]]] = {}
+    for layer in _stepped:
+        for adapter, parameter in getattr(layer, layer.stepped_name).items():
+            if id(parameter) in place and parameter.grad is not None:
+                held = Held(layer, adapter, float(rates[id(parameter)]))
+                found.setdefault((type(layer), adapter), []).append((place[id(parameter)], held))
+    with torch.no_grad():
+        for (method, _), entries in found.items():
+            entries.sort(key=lambda entry: entry[0])
+            method.after_step([held for _, held in entries], optimizer)
+
+
+def new_down(r: int, in_features: int) -> Tensor:
+    """An initial A (r, n), as LoRA's: uniform with variance 1 / (3 n)."""
+    down = torch.empty(r, in_features)
+    nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+    return down
+
+
+class BaselineModel(BaseTuner):
+    """Puts a baseline's adapters into a model; use it through `peft.get_peft_model`.
+
+    Raises:
+        TypeError: for layers other than nn.Linear, Conv1D and the quantized linears PEFT knows.
+        ValueError: for nn.MultiheadAttention's projection, whose adapter would never be called.
+    """
+
+    tuner_layer_cls: type[BaselineLinear]
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _create_and_replace(
+        self,
+        peft_config: BaselineConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: Optional[str] = None,
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+            if adapter_name not in self.active_adapters:
+                target.set_requires_grad(adapter_name, False)
+            return
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"'{current_key}' belongs to nn.MultiheadAttention, which reads its weight and never calls it, so an "
+                "adapter there would do nothing: leave it out of target_modules."
+            )
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not _is_linear(base):
+            raise TypeError(
+                f"'{current_key}' is a {type(base).__name__}, but {peft_config.method} adapts nn.Linear, Conv1D and "
+                "quantized linear layers only: leave it out of target_modules."
+            )
+        layer = self.tuner_layer_cls(target, adapter_name, peft_config, **get_quantization_kwargs(self))
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if not self.tuner_layer_cls.mergeable:
+            raise UserError(ROUTED_MERGE.format(name=self.active_adapters[0]))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    backend = resolve_quantization_backend(module, get_apply_tensor_subclass=lambda: None)
+    return backend is not None and backend.layer_type == "linear"
+
+
+ROUTED_MERGE = (
+    "The adapter '{name}' weights its experts anew for every token, so it is not linear in its input and cannot be "
+    "merged into the weights: keep it as an adapter."
+)

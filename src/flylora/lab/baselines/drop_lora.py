@@ -1,0 +1,67 @@
+"""DropLoRA: LoRA that trains in a random part of its ranks (Zhang, 2025, arXiv 2508.17337)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from flylora.lab.baselines.base import BaselineConfig, BaselineLinear, BaselineModel, check_share, new_down
+
+
+@dataclass
+class DropLoraConfig(BaselineConfig):
+    r"""Configuration of DropLoRA: ``out = W x + s * B (M * A x)``.
+
+    In training M is drawn anew for every layer and forward pass: each rank is 0 with probability ``rank_dropout``, for
+    all tokens alike, and 1 / (1 - rank_dropout) otherwise. In evaluation M = 1: plain LoRA.
+
+    Args:
+        rank_dropout: probability that a rank sits out a forward pass.
+    """
+
+    method: ClassVar[str] = "droplora"
+
+    r: int = field(default=32, metadata={"help": "Rank."})
+    rank_dropout: float = field(default=0.3, metadata={"help": "Probability that a rank sits out a forward pass."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("rank_dropout", self.rank_dropout, above=False)
+
+
+class DropLoraLinear(BaselineLinear):
+    """DropLoRA adapters: A (r, n) and B (m, r), both trained."""
+
+    adapter_layer_names = ("droplora_A", "droplora_B")
+
+    droplora_A: nn.ParameterDict
+    droplora_B: nn.ParameterDict
+
+    def new_tensors(self, config: DropLoraConfig) -> dict[str, Tensor]:
+        return {
+            "droplora_A": new_down(config.r, self.in_features),
+            "droplora_B": torch.zeros(self.out_features, config.r),
+        }
+
+    def update(self, adapter: str, x: Tensor) -> Tensor:
+        codes = self.dropouts[adapter](x) @ self.droplora_A[adapter].t()
+        mask = torch.ones(codes.shape[-1], dtype=codes.dtype, device=codes.device)
+        mask = torch.nn.functional.dropout(mask, self.configs[adapter].rank_dropout, training=self.training)
+        return (codes * mask) @ (self.droplora_B[adapter] * self.scaling[adapter]).t()
+
+    def active_parameters(self, adapter: str, n: float, m: float) -> float:
+        """All: in evaluation every rank acts."""
+        return self.configs[adapter].r * (n + m)
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        return self.droplora_B[adapter], self.droplora_A[adapter]
+
+
+class DropLoraModel(BaselineModel):
+    """Puts DropLoRA adapters into a model; see [`DropLoraConfig`]."""
+
+    prefix = "droplora_"
+    tuner_layer_cls = DropLoraLinear

@@ -1,0 +1,68 @@
+"""HydraLoRA: one A, several B, mixed by a softmax router (Tian et al., NeurIPS 2024, arXiv 2404.19245)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from flylora.lab.baselines.base import BaselineConfig, BaselineLinear, BaselineModel, new_down
+from flylora.tuner.config import check_positive_int
+
+
+@dataclass
+class HydraLoraConfig(BaselineConfig):
+    r"""Configuration of HydraLoRA: ``out = W x + s * sum over e of w_e(x) B_e A x``, ``w(x) = softmax(W_g x)``.
+
+    Args:
+        experts: number of B matrices that share A.
+    """
+
+    method: ClassVar[str] = "hydralora"
+
+    experts: int = field(default=3, metadata={"help": "Number of B matrices that share A."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive_int("experts", self.experts)
+
+
+class HydraLoraLinear(BaselineLinear):
+    """HydraLoRA adapters: A (r, n), B (N, m, r) and the router W_g (N, n), all trained."""
+
+    adapter_layer_names = ("hydralora_A", "hydralora_B", "hydralora_router")
+    mergeable = False
+
+    hydralora_A: nn.ParameterDict
+    hydralora_B: nn.ParameterDict
+    hydralora_router: nn.ParameterDict
+
+    def new_tensors(self, config: HydraLoraConfig) -> dict[str, Tensor]:
+        return {
+            "hydralora_A": new_down(config.r, self.in_features),
+            "hydralora_B": torch.zeros(config.experts, self.out_features, config.r),
+            "hydralora_router": new_down(config.experts, self.in_features),
+        }
+
+    def update(self, adapter: str, x: Tensor) -> Tensor:
+        codes = self.dropouts[adapter](x) @ self.hydralora_A[adapter].t()
+        logits = x @ self.hydralora_router[adapter].t()
+        weights = logits.softmax(dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).to(codes.dtype)
+        # Side by side, the experts are one product: sum_e w_e B_e y = [B_1 ... B_N] [w_1 y; ...; w_N y].
+        mixed = (weights.unsqueeze(-1) * codes.unsqueeze(-2)).flatten(-2)
+        up = self.hydralora_B[adapter].transpose(0, 1).flatten(1)
+        return mixed @ (up * self.scaling[adapter]).t()
+
+    def active_parameters(self, adapter: str, n: float, m: float) -> float:
+        """All: every expert acts on every token."""
+        config = self.configs[adapter]
+        return config.r * n + config.experts * (config.r * m + n)
+
+
+class HydraLoraModel(BaselineModel):
+    """Puts HydraLoRA adapters into a model; see [`HydraLoraConfig`]."""
+
+    prefix = "hydralora_"
+    tuner_layer_cls = HydraLoraLinear

@@ -1,0 +1,152 @@
+"""Generation in batches, greedy or by drawing with seeds of one's own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from flylora.adapted import base_of
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw instead of taking the most likely token.
+
+    Attributes:
+        temperature: Logits are divided by it; above 0.
+        seeds: One for each prompt, so that what is drawn depends neither on the batch nor on the other prompts.
+    """
+
+    temperature: float
+    seeds: Sequence[int]
+
+
+def sample_seed(seed: int, example_id: str, sample: int) -> int:
+    """A seed for one sample of one item, unlike those of all others."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{example_id}/{sample}".encode()).digest()[:7], "big")
+
+
+class _Drawing(LogitsProcessor):
+    """Turns greedy search into sampling: argmax of (logits / temperature + g) with g drawn from Gumbel(0, 1) is a draw
+    from softmax(logits / temperature). Each row has a generator of its own, so no global one is needed."""
+
+    def __init__(self, temperature: float, seeds: Sequence[int]) -> None:
+        self.temperature = temperature
+        # On the CPU, so that every device draws the same.
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        exponential = torch.empty(scores.shape, dtype=torch.float32)
+        for row, generator in zip(exponential, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() / self.temperature - exponential.log().to(scores.device)
+
+
+class _StopAt(StoppingCriteria):
+    """Ends a row once its new text holds one of the stop strings."""
+
+    def __init__(self, stop: Sequence[str], tokenizer: PreTrainedTokenizerBase, prompt_length: int) -> None:
+        self.stop = stop
+        self.tokenizer = tokenizer
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :])
+        done = [any(stop in text for stop in self.stop) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    stop: Sequence[str] = (),
+    sampling: Sampling | None = None,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> list[str]:
+    """A continuation of every prompt: the most likely one token by token, or one that is drawn.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: To turn ids into text.
+        prompts: Token ids. Prompts of like length share a batch, padded on the left under a mask.
+        batch_size: Prompts per batch.
+        max_new_tokens: Longest continuation in tokens.
+        end_ids: Any of these ids ends a continuation and is not part of its text.
+        stop: Any of these strings ends it too; text from the string on is left in.
+        sampling: How to draw; the most likely tokens if left out.
+        advance: Called with the number of prompts done, for progress.
+
+    Returns:
+        The continuations as text, in the order of the prompts.
+    """
+    base = base_of(model)
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(end_ids),
+        pad_token_id=end_ids[0],  # only a placeholder under the mask
+    )
+    texts = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    with _only(settings, base):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            drawing = [_Drawing(sampling.temperature, [sampling.seeds[i] for i in chosen])] if sampling else []
+            ids, mask = _padded_left([prompts[i] for i in chosen], end_ids[0])
+            width = ids.shape[1]
+            out = model.generate(
+                input_ids=ids.to(base.device),
+                attention_mask=mask.to(base.device),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList(drawing),
+                stopping_criteria=StoppingCriteriaList([_StopAt(stop, tokenizer, width)] if stop else []),
+            )
+            for i, row_ids in zip(chosen, out[:, width:].tolist(), strict=True):
+                end = next((at for at, token in enumerate(row_ids) if token in end_ids), len(row_ids))
+                texts[i] = tokenizer.decode(row_ids[:end], skip_special_tokens=True)
+            advance(len(chosen))
+    return texts
+
+
+def _padded_left(rows: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, each (rows, longest)."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+@contextmanager
+def _only(settings: GenerationConfig, model: PreTrainedModel) -> Iterator[None]:
+    """While open, the model's own generation settings are out of the way.
+
+    transformers fills in what is left unset from them: a repetition penalty, say, would make greedy search not greedy.
+    """
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own

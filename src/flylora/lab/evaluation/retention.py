@@ -1,0 +1,219 @@
+"""What a merged adapter kept: losses of base, each single adapter and the merge on the tasks' own items."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flylora.adapted import adapted
+from flylora.errors import UserError
+from flylora.lab.data import encode
+from flylora.lab.evaluation.config import EvalConfig
+from flylora.lab.evaluation.likelihood import token_log_likelihoods
+from flylora.lab.evaluation.run import run
+from flylora.lab.tasks import load_task
+from flylora.merging.config import Split
+from flylora.models import LoadedModel
+
+
+@dataclass(frozen=True)
+class ItemLosses:
+    """Negative log-likelihood (nats) of each item's answer, summed over its tokens, and how many tokens that is."""
+
+    sums: list[float]
+    tokens: list[int]
+
+    @property
+    def per_token(self) -> float:
+        return math.fsum(self.sums) / sum(self.tokens)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of ``per_token`` over items (a ratio of means)."""
+        mean = self.per_token
+        return _ratio_stderr([s - mean * n for s, n in zip(self.sums, self.tokens, strict=True)], sum(self.tokens))
+
+
+@dataclass(frozen=True)
+class TaskRetention:
+    """One row of the table.
+
+    Attributes:
+        task: its name. items: how many.
+        base, single, merged: loss per answer token, each with its standard error.
+        retention: (base - merged) / (base - single), with its standard error over items; None where the single adapter
+            gains nothing.
+        accuracy: of base, single and merged with standard errors, where the task has one.
+    """
+
+    task: str
+    items: int
+    base: float
+    base_stderr: float
+    single: float
+    single_stderr: float
+    merged: float
+    merged_stderr: float
+    retention: float | None
+    retention_stderr: float | None
+    accuracy: dict[str, tuple[float, float]] | None = None
+
+
+def retention(base: ItemLosses, single: ItemLosses, merged: ItemLosses) -> tuple[float, float] | None:
+    """(base - merged) / (base - single) of the losses and its standard error, by the delta method over paired items.
+
+    None where the single adapter is no better than the base model, so that there is nothing to keep.
+    """
+    kept = [b - m for b, m in zip(base.sums, merged.sums, strict=True)]
+    gained = [b - s for b, s in zip(base.sums, single.sums, strict=True)]
+    total = math.fsum(gained)
+    if total <= 0:
+        return None
+    ratio = math.fsum(kept) / total
+    return ratio, _ratio_stderr([k - ratio * g for k, g in zip(kept, gained, strict=True)], total)
+
+
+def _ratio_stderr(residuals: Sequence[float], denominator: float) -> float:
+    n = len(residuals)
+    if n < 2:
+        return math.nan
+    return math.sqrt(n / (n - 1) * math.fsum(value * value for value in residuals)) / abs(denominator)
+
+
+def mean_retention(rows: Sequence[TaskRetention]) -> tuple[float, float] | None:
+    """The mean over tasks and its standard error, or None where a task has none."""
+    values = [(row.retention, row.retention_stderr) for row in rows]
+    if any(value is None for value, _ in values):
+        return None
+    mean = math.fsum(value for value, _ in values if value is not None) / len(values)
+    return mean, math.sqrt(math.fsum(error * error for _, error in values if error is not None)) / len(values)
+
+
+def item_losses(
+    loaded: LoadedModel,
+    adapter: Path | None,
+    task_name: str,
+    split: Split,
+    limit: int | None,
+    *,
+    data_dir: str | None = None,
+    batch_size: int = 8,
+) -> ItemLosses:
+    """The losses of one split's items, with an adapter or without; nothing is generated.
+
+    Raises:
+        UserError: task, adapter or model do not fit, or no item does.
+    """
+    task = load_task(task_name, data_dir)
+    pairs = [
+        encode(example, loaded.tokenizer, task.max_length, task.chat_template, task.truncate_prompt)
+        for example in task.examples(split, limit)
+    ]
+    rows = [row for row in pairs if row is not None]
+    if not rows:
+        raise UserError(
+            f"No {split} item of the task '{task.name}' fits in {task.max_length} tokens: raise its max_length."
+        )
+    if adapter is None:
+        found = token_log_likelihoods(loaded.model, rows, batch_size)
+    else:
+        with adapted(loaded, adapter) as (model, _):
+            found = token_log_likelihoods(model, rows, batch_size)
+    return ItemLosses([-math.fsum(values) for values in found], [len(values) for values in found])
+
+
+def retention_table(
+    loaded: LoadedModel,
+    singles: Sequence[Path],
+    merged: Path,
+    tasks: Sequence[str],
+    split: Split,
+    limit: int | None,
+    *,
+    data_dir: str | None = None,
+    batch_size: int = 8,
+) -> list[TaskRetention]:
+    """Evaluate base, single adapters and merge on every task, with accuracy where the task has one.
+
+    Args:
+        loaded: the base model. singles: the adapter of each task. merged: the merged adapter.
+        tasks: names or YAML files. split, limit: which items.
+    """
+    rows = []
+    for task, single in zip(tasks, singles, strict=True):
+        records = {
+            who: run(
+                EvalConfig(
+                    model=loaded.source,
+                    task=task,
+                    adapter=None if adapter is None else str(adapter),
+                    data_dir=data_dir,
+                    split=split,
+                    limit=limit,
+                    batch_size=batch_size,
+                ),
+                loaded,
+            )
+            for who, adapter in (("base", None), ("single", single), ("merged", merged))
+        }
+        losses = {who: losses_of_items(record.items) for who, record in records.items()}
+        kept = retention(losses["base"], losses["single"], losses["merged"])
+        accuracy = {
+            who: (record.accuracy, record.accuracy_stderr or 0.0)
+            for who, record in records.items()
+            if record.accuracy is not None
+        }
+        rows.append(
+            TaskRetention(
+                task=records["base"].task["name"],
+                items=len(losses["base"].sums),
+                base=losses["base"].per_token,
+                base_stderr=losses["base"].stderr,
+                single=losses["single"].per_token,
+                single_stderr=losses["single"].stderr,
+                merged=losses["merged"].per_token,
+                merged_stderr=losses["merged"].stderr,
+                retention=None if kept is None else kept[0],
+                retention_stderr=None if kept is None else kept[1],
+                accuracy=accuracy or None,
+            )
+        )
+    return rows
+
+
+def losses_of_items(items: Sequence[dict[str, Any]]) -> ItemLosses:
+    """The losses in an evaluation record's items."""
+    measured = [item for item in items if item["loss"] is not None]
+    return ItemLosses(
+        [item["loss"] * item["loss_tokens"] for item in measured], [item["loss_tokens"] for item in measured]
+    )
+
+
+def markdown(rows: Sequence[TaskRetention]) -> str:
+    """The table as Markdown."""
+    lines = [
+        "| task | items | base loss | single loss | merged loss | retention | accuracy base / single / merged |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        accuracy = "–"
+        if row.accuracy:
+            accuracy = " / ".join(f"{100 * share:.1f} ± {100 * error:.1f} %" for share, error in row.accuracy.values())
+        kept = "–" if row.retention is None else f"{row.retention:.3f} ± {row.retention_stderr:.3f}"
+        lines.append(
+            f"| {row.task} | {row.items} | {row.base:.3f} ± {row.base_stderr:.3f} | {row.single:.3f} ± "
+            f"{row.single_stderr:.3f} "
+            f"| {row.merged:.3f} ± {row.merged_stderr:.3f} | {kept} | {accuracy} |"
+        )
+    mean = mean_retention(rows)
+    if mean is not None:
+        lines.append(f"| mean | | | | | {mean[0]:.3f} ± {mean[1]:.3f} | |")
+    return "\n".join(lines) + "\n"
+
+
+def as_json(rows: Sequence[TaskRetention]) -> list[dict[str, Any]]:
+    """The table for a record."""
+    return [asdict(row) for row in rows]

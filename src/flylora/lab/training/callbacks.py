@@ -1,0 +1,76 @@
+"""What the trainer reports while it runs: a progress bar, lines of metrics, checkpoints that are whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from flylora.lab.training.interrupt import Interrupt
+from flylora.lab.training.run_folder import RunFolder
+from flylora.records import to_json_line
+
+
+class LossBar(ProgressCallback):
+    """The trainer's progress bar with the latest loss on it, instead of a line of text for every log."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("training")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        shown = {key: (logs or {}).get(key) for key in ("loss", "eval_loss")}
+        if self.training_bar is not None and any(value is not None for value in shown.values()):
+            self.training_bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items() if v is not None})
+
+
+class RunCallback(TrainerCallback):
+    """Writes metrics.jsonl, marks whole checkpoints, and stops the run at a step's end when asked to.
+
+    Args:
+        folder: Of the run.
+        interrupt: Looked at after every step.
+        on_checkpoint: Called with the number of steps done whenever a checkpoint is whole.
+    """
+
+    def __init__(self, folder: RunFolder, interrupt: Interrupt, on_checkpoint: Callable[[int], None]) -> None:
+        self.folder = folder
+        self.interrupt = interrupt
+        self.on_checkpoint = on_checkpoint
+        self.started = time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # The summary at the end of training has no loss of its own step.
+        if state.is_world_process_zero and logs and ("loss" in logs or "eval_loss" in logs):
+            line = {"step": state.global_step, "seconds": round(time.monotonic() - self.started, 3), **logs}
+            with self.folder.metrics_path.open("a", encoding="utf-8") as stream:
+                stream.write(to_json_line(line))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.interrupt.requested:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.folder.mark_complete(state.global_step)
+            self.on_checkpoint(state.global_step)

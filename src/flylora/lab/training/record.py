@@ -1,0 +1,52 @@
+"""What a training run leaves beside its adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from flylora.records import Record
+
+RECORD_NAME = "train_record.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecord(Record):
+    """Settings, course and result of one training run.
+
+    Attributes:
+        task: Name and version of the task.
+        dtype: Of the base model's weights.
+        examples: Items trained on.
+        dropped: Items left out because they do not fit in ``max_length``.
+        dropped_ids: Their ids.
+        learnt_tokens: Tokens with a label, over all items, end-of-sequence tokens included.
+        trainable_parameters: Of the adapter.
+        active_parameters: Those of them that act on one token.
+        paper_percent: These in percent of them and the base model's, counted as the paper does
+            (``flylora.lab.baselines.counts``).
+        steps: Optimizer steps done.
+        total_steps: Optimizer steps planned.
+        seconds: Time spent training, over all continuations, without loading.
+        final_loss: Mean training loss per learnt token over the last tenth of the steps; ``None`` before the end.
+        validation_loss: The last one measured; ``None`` if none was.
+        adapter_fingerprint: sha256 over the saved tensors; ``None`` before the end.
+    """
+
+    kind: ClassVar[str] = "train"
+
+    task: dict[str, str]
+    dtype: str
+    examples: int
+    dropped: int
+    learnt_tokens: int
+    trainable_parameters: int
+    total_steps: int
+    active_parameters: int | None = None
+    paper_percent: float | None = None
+    dropped_ids: list[str] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+    final_loss: float | None = None
+    validation_loss: float | None = None
+    adapter_fingerprint: str | None = None

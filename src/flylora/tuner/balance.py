@@ -1,0 +1,115 @@
+"""Loss-free load balancing (Eq. 9): expert loads become steps of the routing bias, once per optimizer step.
+
+Backward counts how many tokens chose each rank. After an optimizer step, the layers whose B that optimizer holds move
+their routing bias by ``sign(mean(c) - c_i)`` steps and forget the counts. PyTorch's public optimizer-step hook sees
+every optimizer, so nothing has to be called; engines that hide B from the optimizer (DeepSpeed, FSDP with flattened
+parameters) call [`balance_model`] after their step or use [`BalanceCallback`].
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+from transformers import TrainerCallback
+
+from flylora.functional import balance_steps
+from flylora.tuner.optimizer_steps import after_optimizer_steps, positions
+
+if TYPE_CHECKING:
+    from flylora.tuner.layer import FlyLoraLinear
+
+_layers: weakref.WeakSet[FlyLoraLinear] = weakref.WeakSet()
+
+
+def track(layer: FlyLoraLinear) -> None:
+    """Let optimizer steps balance this layer; called by the layer itself, also when it is copied or unpickled."""
+    _layers.add(layer)
+    after_optimizer_steps(_balance_held)
+
+
+def _balance_held(optimizer: Optimizer) -> None:
+    position = positions(optimizer)
+    held = [
+        (position[id(up)], layer, adapter)
+        for layer in _layers
+        for adapter, up in layer.flylora_B.items()
+        if id(up) in position
+    ]
+    _step([(layer, adapter) for _, layer, adapter in sorted(held, key=lambda entry: entry[0])])
+
+
+def balance_model(model: nn.Module) -> None:
+    """Move the routing bias of every trained adapter in the model by one step, from the loads since the last one.
+
+    For training engines whose optimizer does not hold the adapter's own parameters. Calling it where the automatic
+    hook has run already changes nothing: no loads are left.
+    """
+    from flylora.tuner.layer import FlyLoraLinear
+
+    _step(
+        [
+            (layer, adapter)
+            for layer in model.modules()
+            if isinstance(layer, FlyLoraLinear)
+            for adapter in layer.flylora_B
+        ]
+    )
+
+
+def expert_shares(model: nn.Module, adapter: str = "default") -> dict[str, list[float]]:
+    """For each adapted module, the share of tokens that chose each rank at the last optimizer step.
+
+    Shares lie in [0, 1] and add up to k in a block. Modules that have not been trained in this process are left out.
+    """
+    from flylora.tuner.layer import FlyLoraLinear
+
+    shares: dict[str, list[float]] = {}
+    layers = (module for module in model.modules() if isinstance(module, FlyLoraLinear))
+    for layer in layers:
+        load = layer.last_load.get(adapter)
+        if load is not None and load.any():
+            active = sum(min(block.k, block.r) for block in layer.routing[adapter])
+            tokens = max(1.0, float(load.sum()) / active)
+            shares[layer.module_name] = (load.double() / tokens).tolist()
+    return shares
+
+
+def _step(pairs: Iterable[tuple[FlyLoraLinear, str]]) -> None:
+    balanced = [(layer, adapter) for layer, adapter in pairs if adapter in layer.expert_load]
+    loads = [layer.expert_load[adapter] for layer, adapter in balanced]
+    if not loads:
+        return
+    for (layer, adapter), load in zip(balanced, _sum_over_ranks(loads), strict=True):
+        bias = layer.flylora_d[adapter]
+        ranks = tuple(block.r for block in layer.routing[adapter])
+        bias.add_(balance_steps(load, ranks).to(bias.device))
+        # A second call after the same step finds no loads, and must not forget those it had (without a GPU sync).
+        before = layer.last_load.get(adapter, load).to(load.device)
+        layer.last_load[adapter] = torch.where(load.any(), load, before)
+        layer.expert_load[adapter].zero_()
+
+
+def _sum_over_ranks(loads: list[Tensor]) -> list[Tensor]:
+    """The loads summed over the data-parallel ranks, in one collective; as they are without torch.distributed."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return loads
+    flat = torch.cat([load.to(loads[0].device) for load in loads])
+    dist.all_reduce(flat)
+    return list(flat.split([load.numel() for load in loads]))
+
+
+class BalanceCallback(TrainerCallback):
+    """Calls [`balance_model`] after each optimizer step of a transformers or TRL trainer.
+
+    Only needed where the engine hides the adapter's parameters from the optimizer (DeepSpeed, flattened FSDP).
+    The Trainer also reports steps that mixed-precision scaling skipped; their loads count as a step here.
+    """
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        balance_model(kwargs["model"])

@@ -1,0 +1,527 @@
+"""Training runs on a tiny model: what they leave, how they resume, how they fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from trl.trainer import base_trainer
+
+from flylora.errors import UserError
+from flylora.inspection import inspect_adapter
+from flylora.lab.data import encode_all
+from flylora.lab.tasks import load_task
+from flylora.lab.training import TrainConfig, train
+from flylora.lab.training.callbacks import RunCallback
+from flylora.lab.training.fit import _AdapterTrainer
+from flylora.lab.training.interrupt import TrainingInterrupted
+from flylora.lab.training.record import TrainRecord
+from flylora.models import load_model
+from flylora.records import adapter_fingerprint, read_record
+
+ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "expert_load.json"}
+SMALL = {"flylora": {"r": 8, "k": 2, "dropout": 0.1}, "lora": {"r": 2, "lora_dropout": 0.1}}
+
+
+@pytest.fixture
+def config(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    """A config of six steps of four items in two micro-batches; three steps are an epoch."""
+
+    def make(**changes: Any) -> TrainConfig:
+        settings: dict[str, Any] = {
+            "model": str(tiny_model_dir),
+            "task": "capitals",
+            "out": str(tmp_path / "run"),
+            "adapter": SMALL[changes.get("method", "flylora")],
+            "steps": 6,
+            "batch_size": 4,
+            "micro_batch_size": 2,
+            "max_length": 128,
+            "train_limit": 12,
+            "save_steps": 2,
+            "dtype": "float32",
+        }
+        return TrainConfig(**{**settings, **changes})
+
+    return make
+
+
+def resumed(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, resume=True)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
+    """Calls ``act`` in the middle of training, after ``step`` steps, in every run until undone."""
+
+    def on_step_begin(self: RunCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            act()
+
+    monkeypatch.setattr(RunCallback, "on_step_begin", on_step_begin)
+
+
+def crash() -> None:
+    raise RuntimeError("the power went")
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def stop_at(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, step: int, how: str = "interrupt") -> None:
+    act, error = {"interrupt": (interrupt, TrainingInterrupted), "crash": (crash, RuntimeError)}[how]
+    with monkeypatch.context() as patch:
+        at_step(patch, step, act)
+        with pytest.raises(error):
+            train(config)
+
+
+def test_a_finished_run_leaves_an_adapter_and_its_record(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    asked = config()
+    record = train(asked)
+    out = tmp_path / "run"
+    assert {path.name for path in out.iterdir()} == {*ADAPTER_FILES, "train_record.json", "metrics.jsonl"}
+    assert read_record(out / "train_record.json", TrainRecord) == record
+    assert record.status == "complete"
+    assert record.steps == record.total_steps == 6
+    assert record.examples == 12
+    assert record.config == dataclasses.asdict(asked)
+    assert record.adapter_fingerprint == adapter_fingerprint(out)
+    assert record.provenance.data_sha256 == {"train": load_task("capitals").data_hash("train")}
+    assert record.provenance.model_sha256 == load_model(asked.model).sha256
+    assert record.provenance.finished is not None
+    tensors = load_file(out / "adapter_model.safetensors")
+    trained = [tensor for name, tensor in tensors.items() if name.endswith("flylora_B")]
+    assert record.trainable_parameters == sum(tensor.numel() for tensor in trained)
+    assert all(tensor.dtype == torch.float32 and tensor.any() for tensor in trained)
+    assert "import flylora" in (out / "README.md").read_text()
+
+
+def test_metrics_have_a_line_for_every_step_and_the_record_their_end(
+    config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    record = train(config(steps=10, lr=0.03))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert {"loss", "grad_norm", "learning_rate", "seconds"} <= set(lines[0])
+    assert record.final_loss == lines[-1]["loss"]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(None, 3), (2.0, 6), (0.5, 2)])
+def test_epochs_decide_the_steps_when_those_are_not_given(
+    config: Callable[..., TrainConfig], epochs: float | None, steps: int
+) -> None:
+    assert train(config(steps=None, epochs=epochs)).steps == steps
+
+
+@pytest.mark.parametrize("method", ["flylora", "lora"])
+@pytest.mark.parametrize(("step", "how"), [(3, "interrupt"), (2, "interrupt"), (4, "crash")])
+def test_a_resumed_run_ends_bit_for_bit_like_one_that_never_stopped(
+    config: Callable[..., TrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    step: int,
+    how: str,
+) -> None:
+    whole = train(config(method=method, out=str(tmp_path / "whole")))
+    stopped = config(method=method)
+    stop_at(stopped, monkeypatch, step, how)
+    assert not ADAPTER_FILES & {path.name for path in (tmp_path / "run").iterdir()}
+    record = train(resumed(stopped))
+    assert record.steps == 6
+    assert record.adapter_fingerprint == whole.adapter_fingerprint
+    ours, theirs = (
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("run", "whole")
+    )
+    assert [(line["step"], line["loss"]) for line in ours] == [(line["step"], line["loss"]) for line in theirs]
+
+
+def test_the_resume_test_would_see_another_dropout_or_order(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    fingerprints = {
+        train(config(out=str(tmp_path / name), **changes)).adapter_fingerprint
+        for name, changes in {"a": {}, "b": {"seed": 1}, "c": {"adapter": {**SMALL["flylora"], "dropout": 0.0}}}.items()
+    }
+    assert len(fingerprints) == 3
+
+
+def test_evaluating_on_the_way_does_not_disturb_resuming(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"eval_steps": 2, "eval_limit": 3}
+    whole = train(config(out=str(tmp_path / "whole"), **settings))
+    stop_at(config(**settings), monkeypatch, 3)
+    record = train(resumed(config(**settings)))
+    assert record.adapter_fingerprint == whole.adapter_fingerprint
+    assert record.validation_loss == whole.validation_loss is not None
+    assert set(record.provenance.data_sha256) == {"train", "validation"}
+
+
+def test_an_interruption_says_how_to_go_on_and_records_where_it_is(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, interrupt)
+        with pytest.raises(TrainingInterrupted, match=r"Stopped at step 3 of 6.*same command with --resume"):
+            train(config())
+    record = read_record(tmp_path / "run" / "train_record.json", TrainRecord)
+    assert (record.status, record.steps, record.adapter_fingerprint) == ("interrupted", 3, None)
+
+
+def test_a_half_written_checkpoint_is_not_resumed_from(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(config(out=str(tmp_path / "whole")))
+    stop_at(config(), monkeypatch, 4, "crash")
+    (tmp_path / "run" / "checkpoints" / "checkpoint-4" / "complete").unlink()
+    (tmp_path / "run" / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors").write_bytes(b"half")
+    assert train(resumed(config())).adapter_fingerprint == whole.adapter_fingerprint
+
+
+def test_a_failure_before_the_first_checkpoint_leaves_nothing(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(config(), monkeypatch, 1, "crash")
+    assert list(tmp_path.iterdir()) == []
+    assert train(resumed(config())).status == "complete"
+
+
+def test_a_finished_run_is_not_trained_again(
+    config: Callable[..., TrainConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    record = train(config())
+    assert train(resumed(config())) == record
+    assert "complete already" in caplog.text
+
+
+@pytest.mark.parametrize(("step", "said"), [(None, "a finished run"), (3, r"got to step 4 of 6.*--resume to go on")])
+def test_a_folder_that_holds_a_run_is_refused(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, step: int | None, said: str
+) -> None:
+    if step is None:
+        train(config())
+    else:
+        stop_at(config(), monkeypatch, step)
+    with pytest.raises(UserError, match=rf"already holds.*{said}.*--overwrite"):
+        train(config())
+
+
+def test_overwriting_replaces_the_run_but_only_once_the_new_one_can_start(
+    config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    first = train(config())
+    with pytest.raises(UserError, match="target_modules"):
+        train(config(overwrite=True, adapter={"target_modules": ["nothing"]}))
+    assert adapter_fingerprint(tmp_path / "run") == first.adapter_fingerprint
+    second = train(config(overwrite=True, seed=1))
+    assert second.adapter_fingerprint == adapter_fingerprint(tmp_path / "run") != first.adapter_fingerprint
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_with_other_files_is_never_touched(
+    config: Callable[..., TrainConfig], tmp_path: Path, overwrite: bool
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty and holds no training run"):
+        train(config(overwrite=overwrite))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        train(config())
+
+
+def test_resuming_with_other_settings_names_them(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(config(), monkeypatch, 3)
+    with pytest.raises(UserError, match=r"other settings \(adapter, lr\)"):
+        train(resumed(config(lr=1e-4, adapter={"r": 4, "k": 2})))
+    assert train(resumed(config(save_steps=1, logging_steps=2))).status == "complete"
+
+
+def test_resuming_on_another_base_model_is_refused(
+    config: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    save_model: Callable[..., Path],
+) -> None:
+    (tmp_path / "model").symlink_to(save_model(seed=0))
+    stop_at(config(model=str(tmp_path / "model")), monkeypatch, 3)
+    (tmp_path / "model").unlink()
+    (tmp_path / "model").symlink_to(save_model(seed=1))
+    with pytest.raises(UserError, match="its base model is not what it was"):
+        train(resumed(config(model=str(tmp_path / "model"))))
+
+
+def full_disk(*args: Any, **kwargs: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(config(out=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: patch.setattr(torch, "save", full_disk))
+        with pytest.raises(UserError, match=r"No space is left.*--resume to go on from step 2"):
+            train(config())
+    assert train(resumed(config())).adapter_fingerprint == whole.adapter_fingerprint
+
+
+def test_a_full_disk_at_the_first_checkpoint_leaves_nothing(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(UserError, match=r"No space is left.*give the same command again"):
+        train(config())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_an_adapter_that_could_not_be_saved_whole_is_not_there(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    real = PeftModel.save_pretrained
+
+    def half(self: PeftModel, folder: str, **options: Any) -> None:
+        real(self, folder, **options)
+        if "checkpoint" not in folder:
+            (Path(folder) / "adapter_model.safetensors").write_bytes(b"half")
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PeftModel, "save_pretrained", half)
+        with pytest.raises((UserError, KeyboardInterrupt)):
+            train(config())
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints", "metrics.jsonl", "train_record.json"}
+    record = train(resumed(config()))
+    assert (record.status, record.steps) == ("complete", 6)
+
+
+def test_a_checkpoint_holds_the_adapter_alone(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(config(), monkeypatch, 3)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    saved = {path.name for path in (checkpoints / "checkpoint-4").iterdir()}
+    assert "training_args.bin" not in saved
+    assert not any(name.startswith(("tokenizer", "model.")) for name in saved)
+
+
+def test_targets_that_match_nothing_list_names_and_leave_nothing(
+    config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"target_modules nope match nothing.*q_proj"):
+        train(config(adapter={"target_modules": ["nope"]}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_items_that_do_not_fit_are_dropped_counted_and_reported(
+    config: Callable[..., TrainConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    task = load_task("capitals")
+    lengths = sorted(len((e.prompt + e.completion).encode()) + 1 for e in task.examples("train", 12))
+    limit = lengths[6]
+    record = train(config(max_length=limit))
+    expected = sum(length > limit for length in lengths)
+    assert record.dropped == expected > 0
+    assert len(record.dropped_ids) == expected
+    assert record.examples == 12 - expected
+    assert f"{expected} of 12 train items do not fit" in caplog.text
+
+
+def test_nothing_that_fits_is_one_sentence(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="None of the 12 examples fits in 5 tokens"):
+        train(config(max_length=5))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"task": "nothing"}, "Unknown task 'nothing'"),
+        ({"model": "/no/such/model"}, "There is no model"),
+        ({"method": "magic", "adapter": {}}, "Unknown method 'magic'"),
+        ({"adapter": {"rank": 4}}, "no option 'rank'"),
+        ({"adapter": {"r": 4, "k": 5}}, "k is 5 but r is 4"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    config: Callable[..., TrainConfig], tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        train(dataclasses.replace(config(), **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["flylora", "lora"])
+def test_a_model_passed_in_comes_back_as_it_was(
+    config: Callable[..., TrainConfig], tmp_path: Path, method: str
+) -> None:
+    asked = config(method=method, gradient_checkpointing=True)
+    loaded = load_model(asked.model, "float32")
+    ids = torch.arange(5, 25).reshape(2, 10)
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    with torch.no_grad():
+        logits = loaded.model(ids).logits
+    first = train(asked, loaded)
+    after = loaded.model.state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(ids).logits, logits)
+    assert not loaded.model.training
+    again = train(dataclasses.replace(asked, out=str(tmp_path / "again")), loaded)
+    assert again.adapter_fingerprint == first.adapter_fingerprint
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch_size": 4}, {"gradient_checkpointing": True}])
+def test_memory_savers_do_not_change_what_is_learnt(
+    config: Callable[..., TrainConfig], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    no_dropout = {**SMALL["flylora"], "dropout": 0.0}
+    train(config(out=str(tmp_path / "a"), adapter=no_dropout))
+    train(config(out=str(tmp_path / "b"), adapter=no_dropout, **changes))
+    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["flylora", "lora"])
+def test_the_loss_and_what_is_learnt_are_those_of_trl(
+    config: Callable[..., TrainConfig], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = {"flylora": {"r": 8, "k": 2, "dropout": 0.0}, "lora": {"r": 2, "lora_dropout": 0.0}}[method]
+    train(config(out=str(tmp_path / "a"), method=method, adapter=adapter))
+    monkeypatch.delattr(_AdapterTrainer, "compute_loss")
+    train(config(out=str(tmp_path / "b"), method=method, adapter=adapter))
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "b"))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_pads_its_micro_batches_by_length(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    original = _AdapterTrainer.compute_loss
+
+    def seen(self: _AdapterTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(_AdapterTrainer, "compute_loss", seen)
+    train(config())
+    steps = [shapes[at : at + 2] for at in range(0, len(shapes), 2)]
+    assert all(first[1] >= second[1] for first, second in steps)
+    assert any(first[1] > second[1] for first, second in steps)
+
+
+def test_a_bfloat16_base_is_adapted_in_float32(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    record = train(config(dtype="bfloat16"))
+    assert record.dtype == "bfloat16"
+    tensors = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert {t.dtype for name, t in tensors.items() if name.endswith("flylora_B")} == {torch.float32}
+
+
+def test_chat_template_changes_what_is_trained_on(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    plain = train(config(out=str(tmp_path / "a")))
+    chat = train(config(out=str(tmp_path / "b"), chat_template=True, max_length=256))
+    assert plain.adapter_fingerprint != chat.adapter_fingerprint
+
+
+@pytest.mark.parametrize(
+    "changes", [{"report_to": ["no_such_tracker"]}, {"method": "lora", "adapter": {"target_modules": ["lm_head"]}}]
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_what_the_trainer_refuses_is_one_sentence_and_leaves_nothing(
+    config: Callable[..., TrainConfig], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match="The trainer refuses these settings"):
+        train(config(**changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_is_not_a_number_is_not_hidden(
+    config: Callable[..., TrainConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = train(config(lr=1e30, max_grad_norm=0.0))
+    assert losses(tmp_path / "run")[-1] is None
+    assert record.final_loss is None
+    assert "not a finite number" in caplog.text
+
+
+def test_the_loss_covers_the_answer_alone(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    asked = config(steps=1, train_limit=4)
+    loaded = load_model(asked.model, "float32")
+    encoded = encode_all(load_task("capitals").examples("train", 4), loaded.tokenizer, 128)
+    total = 0.0
+    for item in encoded.items:
+        with torch.no_grad():
+            logits = loaded.model(torch.tensor([item.input_ids])).logits[0, :-1].double()
+        picked = logits.log_softmax(-1)[range(len(item.labels) - 1), item.labels[1:]]
+        total -= float(picked[torch.tensor(item.labels[1:]) != -100].sum())
+    train(asked)
+    assert losses(tmp_path / "run")[0] == pytest.approx(total / encoded.trained_tokens, rel=1e-5)
+
+
+def test_nobody_is_told(config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(base_trainer, "send_telemetry", lambda *a, **k: pytest.fail("telemetry was sent"))
+    train(config(steps=1))
+
+
+def test_expert_load_is_balanced_without_a_callback_of_the_users(
+    config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    train(config())
+    tensors = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    biases = [tensor for name, tensor in tensors.items() if name.endswith("flylora_d")]
+    assert biases
+    assert all(tensor.any() and tensor.abs().max() <= 6 for tensor in biases)
+
+
+def test_expert_loads_are_kept_for_inspection(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    train(config())
+    modules = inspect_adapter(tmp_path / "run").modules
+    assert len(modules) == 14
+    # k of r ranks act on every token, so the mean share is k / r whatever the routing.
+    assert all(module.load is not None and module.load[1] == pytest.approx(2 / 8) for module in modules)
+    train(config(method="lora", out=str(tmp_path / "lora")))
+    assert not (tmp_path / "lora" / "expert_load.json").exists()
+
+
+def test_progress_is_visible(config: Callable[..., TrainConfig], capfd: pytest.CaptureFixture[str]) -> None:
+    train(config())
+    shown = capfd.readouterr().err
+    assert "6/6" in shown
+    assert "loss=" in shown
+
+
+def test_the_library_logs_and_does_not_print(
+    config: Callable[..., TrainConfig], capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "flylora"):
+        train(config())
+    assert capfd.readouterr().out == ""
+    assert [record for record in caplog.records if record.name.startswith("flylora")] == []

@@ -1,0 +1,71 @@
+"""Which checkpoint counts, and which lines of metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flylora.lab.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    made = RunFolder(tmp_path / "run")
+    for step in (9, 10, 11):
+        (made.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+        (made.checkpoints / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"")
+        made.metrics_path.open("a").close()
+    for step in (9, 10):
+        made.mark_complete(step)
+    made.metrics_path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 12)))
+    return made
+
+
+def test_the_newest_whole_checkpoint_counts_by_number(folder: RunFolder) -> None:
+    found = folder.last_checkpoint()
+    assert found is not None
+    assert found.name == "checkpoint-10"
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert RunFolder(tmp_path / "run").last_checkpoint() is None
+
+
+def test_beginning_from_a_checkpoint_drops_what_came_after_it(folder: RunFolder) -> None:
+    folder.begin(folder.last_checkpoint())
+    assert {path.name for path in folder.checkpoints.iterdir()} == {"checkpoint-9", "checkpoint-10"}
+    assert [line["step"] for line in folder.metrics()] == list(range(1, 11))
+
+
+def test_beginning_afresh_drops_everything_of_the_old_run(folder: RunFolder) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors", "expert_load.json"):
+        (folder.path / name).write_text("old")
+    folder.begin(None)
+    assert list(folder.checkpoints.iterdir()) == []
+    assert folder.metrics() == []
+    assert {path.name for path in folder.path.iterdir()} == {"checkpoints", "metrics.jsonl"}
+
+
+def test_half_a_line_of_a_killed_run_is_no_metric(folder: RunFolder) -> None:
+    with folder.metrics_path.open("a") as stream:
+        stream.write('{"step": 12, "lo')
+    assert [line["step"] for line in folder.metrics()] == list(range(1, 12))
+
+
+def test_only_a_run_that_cannot_be_resumed_is_discarded(folder: RunFolder) -> None:
+    folder.discard_unless_resumable()
+    assert folder.metrics_path.is_file()
+    for step in (9, 10):
+        (folder.checkpoints / f"checkpoint-{step}" / "complete").unlink()
+    folder.discard_unless_resumable()
+    assert not folder.path.exists()
+
+
+def test_discarding_keeps_what_is_not_the_runs(folder: RunFolder) -> None:
+    for step in (9, 10):
+        (folder.checkpoints / f"checkpoint-{step}" / "complete").unlink()
+    (folder.path / "notes.txt").write_text("mine")
+    folder.discard_unless_resumable()
+    assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]

@@ -1,0 +1,177 @@
+"""Saved adapters on base models: what fits, what does not, what does nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from conftest import make_model
+from flylora.adapted import adapted, changes_logits, trained_on_other_weights
+from flylora.errors import UserError
+from flylora.lab.training.methods import attach, method_config
+from flylora.models import LoadedModel, load_model
+from flylora.records import adapter_fingerprint
+
+IDS = torch.arange(5, 25).reshape(2, 10)
+METHODS: list[tuple[str, dict[str, Any]]] = [
+    ("flylora", {"r": 4, "k": 2}),
+    ("flylora", {"r": 4, "k": 2, "save_projection": True}),
+    ("lora", {"r": 2}),
+    ("vera", {"r": 4}),
+    ("randlora", {"r": 4}),
+    ("ia3", {}),
+    ("prompt_tuning", {"num_virtual_tokens": 3}),
+]
+
+
+def make_adapter(folder: Path, method: str = "flylora", *, trained: bool = True, **options: Any) -> Path:
+    """An adapter for the tiny model with random weights where training would have put some."""
+    model = attach(make_model(), method_config(method, options), seed=0)
+    if trained:
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    return folder
+
+
+@pytest.fixture
+def loaded(tiny_model_dir: Path) -> LoadedModel:
+    return load_model(str(tiny_model_dir), "float32")
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS)
+def test_adapters_of_any_method_go_on_and_come_off(
+    loaded: LoadedModel, tmp_path: Path, method: str, options: dict[str, Any]
+) -> None:
+    make_adapter(tmp_path, method, **options)
+    with torch.no_grad():
+        before = loaded.model(IDS).logits
+        expected = PeftModel.from_pretrained(make_model(), str(tmp_path)).eval()(IDS).logits
+    for _ in range(2):
+        with adapted(loaded, tmp_path) as (model, fingerprint):
+            assert fingerprint == adapter_fingerprint(tmp_path)
+            assert not model.training
+            assert changes_logits(model, IDS)
+            with torch.no_grad():
+                assert torch.equal(model(IDS).logits, expected)
+        with torch.no_grad():
+            assert torch.equal(loaded.model(IDS).logits, before)
+
+
+def test_an_untrained_adapter_is_a_no_op(loaded: LoadedModel, tmp_path: Path) -> None:
+    make_adapter(tmp_path, trained=False, r=4, k=2)
+    with adapted(loaded, tmp_path) as (model, _):
+        assert not changes_logits(model, IDS)
+
+
+def test_a_switched_off_adapter_is_a_no_op(loaded: LoadedModel, tmp_path: Path) -> None:
+    make_adapter(tmp_path, "lora", r=2)
+    with adapted(loaded, tmp_path) as (model, _), model.disable_adapter():
+        assert not changes_logits(model, IDS)
+
+
+def refused(loaded: LoadedModel, folder: Path, said: str) -> None:
+    with torch.no_grad():
+        before = loaded.model(IDS).logits
+    with pytest.raises(UserError, match=said) as raised, adapted(loaded, folder):
+        pass
+    assert "\n" not in str(raised.value)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(IDS).logits, before)
+
+
+def test_a_missing_folder_is_one_sentence(loaded: LoadedModel, tmp_path: Path) -> None:
+    refused(loaded, tmp_path / "none", "There is no adapter folder")
+
+
+def test_a_folder_without_an_adapter_is_one_sentence(loaded: LoadedModel, tmp_path: Path) -> None:
+    refused(loaded, tmp_path, "holds no adapter")
+
+
+def test_an_unfinished_run_says_how_to_finish_it(loaded: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "train_record.json").write_text("{}")
+    refused(loaded, tmp_path, "not finished: go on with flylora train --resume")
+
+
+def cut(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (cut, "not a whole safetensors file"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""), "not a whole safetensors file"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "There is no"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "not valid JSON"),
+        (lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "MAGIC"}'), "does not fit"),
+    ],
+)
+def test_a_spoilt_adapter_is_one_sentence(
+    loaded: LoadedModel, tmp_path: Path, spoil: Callable[[Path], object], said: str
+) -> None:
+    make_adapter(tmp_path, r=4, k=2)
+    spoil(tmp_path)
+    refused(loaded, tmp_path, said)
+
+
+@pytest.mark.parametrize(("method", "options"), [("flylora", {"r": 4, "k": 2}), ("lora", {"r": 2})])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"intermediate_size": 64},
+        {"num_hidden_layers": 1},
+        {"hidden_size": 64},
+    ],
+)
+def test_an_adapter_for_another_base_is_one_sentence(
+    tmp_path: Path,
+    save_model: Callable[..., Path],
+    method: str,
+    options: dict[str, Any],
+    other: dict[str, int],
+) -> None:
+    make_adapter(tmp_path, method, **options)
+    base = load_model(str(save_model(**other)), "float32")
+    refused(base, tmp_path, r"does not fit|another base model")
+
+
+@pytest.mark.parametrize("method", ["flylora", "lora"])
+@pytest.mark.parametrize("missing", [True, False])
+def test_tensors_too_few_or_too_many_are_one_sentence(
+    loaded: LoadedModel, tmp_path: Path, method: str, missing: bool
+) -> None:
+    make_adapter(tmp_path, method, **{"r": 4, "k": 2} if method == "flylora" else {"r": 4})
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = min(tensors)
+    if missing:
+        del tensors[name]
+    else:
+        tensors[name.replace("layers.0", "layers.7")] = tensors[name].clone()
+    save_file(tensors, path)
+    refused(loaded, tmp_path, r"does not fit|another base model|lacks")
+
+
+def test_other_weights_are_noticed_by_the_training_record(loaded: LoadedModel, tmp_path: Path) -> None:
+    assert not trained_on_other_weights(tmp_path, loaded)
+    for sha256, other in ((loaded.sha256, False), ("0" * 64, True)):
+        (tmp_path / "train_record.json").write_text(json.dumps({"provenance": {"model_sha256": sha256}}))
+        assert trained_on_other_weights(tmp_path, loaded) is other
+
+
+def test_copies_of_an_adapter_have_one_fingerprint(tmp_path: Path) -> None:
+    first = make_adapter(tmp_path / "a", r=4, k=2)
+    shutil.copytree(first, tmp_path / "b")
+    assert adapter_fingerprint(first) == adapter_fingerprint(tmp_path / "b")

@@ -1,0 +1,256 @@
+"""Reading saved adapters as factors, and writing new ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import flylora
+from conftest import make_model
+from flylora import UserError, functional
+from flylora.adapter_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    SavedAdapter,
+    TensorFile,
+    new_folder,
+    read_adapter,
+    write_adapter,
+)
+from saved_adapters import Save, assert_same_outputs, fly, lora, outputs
+
+Q = "model.layers.1.self_attn.q_proj"
+
+
+def edit_config(path: Path, **fields: object) -> None:
+    file = path / CONFIG_FILE
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def test_factors_of_a_routed_adapter_give_the_output_of_the_real_layer(save: Save) -> None:
+    adapter = save("a", fly(alpha=12, rank_pattern={"q_proj": 6}))
+    model = peft.PeftModel.from_pretrained(make_model(), str(adapter.path)).eval()
+    modules = dict(model.base_model.model.named_modules())
+    for name in adapter.modules:
+        factors, layer = adapter.with_in_features(adapter.factors(name)), modules[name]
+        x = torch.randn(9, layer.in_features, generator=torch.Generator().manual_seed(0))
+        y = x @ factors.down().T
+        z = functional.routed_codes(y, functional.select(y, factors.routing_bias, factors.routing))
+        with torch.no_grad():
+            torch.testing.assert_close(z @ factors.scaled_up().T, layer(x) - layer.base_layer(x), atol=1e-5, rtol=1e-5)
+    assert {adapter.rank(name) for name in adapter.modules} == {6, 8}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_alpha": 7},
+        {"lora_alpha": 7, "use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True},
+    ],
+)
+def test_the_product_of_lora_factors_is_its_update(save: Save, fields: dict[str, object]) -> None:
+    adapter = save("a", lora(**fields))
+    model = peft.PeftModel.from_pretrained(make_model(), str(adapter.path))
+    modules = dict(model.base_model.model.named_modules())
+    for name in adapter.modules:
+        delta = modules[name].get_delta_weight("default")
+        torch.testing.assert_close(adapter.factors(name).delta(), delta, atol=1e-6, rtol=1e-5)
+
+
+def test_a_lora_on_conv1d_is_read_in_the_orientation_of_its_factors(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    wrapped.save_pretrained(str(tmp_path / "a"))
+    factors = read_adapter(tmp_path / "a").factors("transformer.h.0.attn.c_attn")
+    layer = wrapped.base_model.model.transformer.h[0].attn.c_attn
+    torch.testing.assert_close(factors.delta().T, layer.get_delta_weight("default"))
+    assert (factors.out_features, factors.in_features) == (48, 16)
+
+
+def test_small_factors_read_no_b(save: Save) -> None:
+    adapter = save("a", fly())
+    assert adapter.small(Q).up.is_meta
+    assert adapter.small(Q).fingerprints == adapter.factors(Q).fingerprints
+
+
+def test_inputs_are_found_by_the_fingerprint_alone(save: Save) -> None:
+    def without_widths(name: str, **fields: object) -> SavedAdapter:
+        path = save(name, fly(**fields)).path
+        edit_config(path, in_features=None)
+        return read_adapter(path)
+
+    adapter = without_widths("a", target_modules="all-linear")
+    assert adapter.in_features("model.layers.0.mlp.down_proj") == 48
+    assert adapter.in_features("model.layers.1.self_attn.q_proj") == 32
+    narrow = without_widths("b", target_modules=["up_proj"])
+    assert narrow.in_features("model.layers.0.mlp.up_proj") is None
+    assert narrow.in_features("model.layers.0.mlp.up_proj", hint=31) is None
+    assert narrow.in_features("model.layers.0.mlp.up_proj", hint=32) == 32
+    with pytest.raises(UserError, match="give the base model"):
+        without_widths("c", target_modules=["up_proj"]).factors("model.layers.0.mlp.up_proj").down()
+
+
+def test_an_altered_seed_is_refused_when_the_projection_is_made(save: Save) -> None:
+    adapter = save("a", fly())
+    tensors = load_file(adapter.path / WEIGHTS_FILE)
+    tensors[f"base_model.model.{Q}.flylora_seed"] += 1
+    save_file(tensors, adapter.path / WEIGHTS_FILE)
+    with pytest.raises(UserError, match="not the one the adapter was trained with"):
+        read_adapter(adapter.path).factors(Q).down(32)
+
+
+def test_a_stored_projection_is_used_and_not_regenerated(save: Save, tmp_path: Path) -> None:
+    model = peft.get_peft_model(make_model(), fly(save_projection=True))
+    layer = model.base_model.model.model.layers[1].self_attn.q_proj
+    layer.flylora_A["default"][0].mul_(2)
+    model.save_pretrained(str(tmp_path / "edited"))
+    adapter = read_adapter(tmp_path / "edited")
+    assert adapter.stores_projection
+    assert torch.equal(adapter.factors(Q).down(32), layer.flylora_A["default"])
+
+
+@pytest.mark.parametrize("kind", ["flylora", "lora"])
+def test_what_is_written_loads_as_what_was_read(save: Save, tmp_path: Path, kind: str) -> None:
+    adapter = save("a", fly() if kind == "flylora" else lora())
+    copy = write_adapter(tmp_path / "copy", adapter.config, load_file(adapter.path / WEIGHTS_FILE))
+    assert copy.fingerprint == adapter.fingerprint
+    assert_same_outputs(outputs(copy.path), outputs(adapter.path), 0)
+
+
+def test_an_existing_output_is_refused_and_replaced_only_on_request(save: Save, tmp_path: Path) -> None:
+    a, b = save("a", fly()), save("b", fly(projection_seed=3))
+    tensors = load_file(a.path / WEIGHTS_FILE)
+    with pytest.raises(UserError, match="already exists"):
+        write_adapter(b.path, a.config, tensors)
+    assert read_adapter(b.path).fingerprint == b.fingerprint
+    assert write_adapter(b.path, a.config, tensors, overwrite=True).fingerprint == a.fingerprint
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("kept")
+    with pytest.raises(UserError, match=r"holds no adapter_config\.json"):
+        write_adapter(tmp_path / "notes", a.config, tensors, overwrite=True)
+    with pytest.raises(UserError, match="is a file"):
+        write_adapter(tmp_path / "notes" / "mine.txt", a.config, tensors, overwrite=True)
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "kept"
+
+
+def test_an_interrupted_write_leaves_nothing_and_keeps_what_was_there(save: Save, tmp_path: Path) -> None:
+    adapter = save("a", fly())
+    before = sorted(tmp_path.iterdir())
+
+    def write_half() -> None:
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "half").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    with pytest.raises(KeyboardInterrupt), new_folder(adapter.path, overwrite=True):
+        raise KeyboardInterrupt
+    assert sorted(tmp_path.iterdir()) == before
+    assert read_adapter(adapter.path).fingerprint == adapter.fingerprint
+
+
+def test_a_tensor_file_holds_every_dtype_whatever_the_order(tmp_path: Path) -> None:
+    tensors = {
+        "odd": torch.arange(3, dtype=torch.uint8),
+        "half": torch.randn(3).to(torch.bfloat16),
+        "long": torch.tensor([1, -5]),
+        "float": torch.randn(5, 3),
+        "empty": torch.zeros(0, 4),
+        "int": torch.tensor([7], dtype=torch.int32),
+    }
+    layout = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    with TensorFile(tmp_path / "x.safetensors", layout) as file:
+        for key in reversed(tensors):
+            file.write(key, tensors[key])
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+    with pytest.raises(ValueError, match="never written"), TensorFile(tmp_path / "y.safetensors", layout):
+        pass
+    with TensorFile(tmp_path / "z.safetensors", {"a": (torch.float32, (2,))}) as file:
+        with pytest.raises(ValueError, match="shape"):
+            file.write("a", torch.zeros(3))
+        file.write("a", torch.zeros(2))
+
+
+def test_every_unusable_folder_is_refused_in_one_sentence(save: Save, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no adapter folder"):
+        read_adapter(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="not a saved adapter"):
+        read_adapter(tmp_path / "empty")
+    adapter = save("a", fly())
+
+    def broken(name: str) -> Path:
+        shutil.copytree(adapter.path, tmp_path / name)
+        return tmp_path / name
+
+    path = broken("json")
+    (path / CONFIG_FILE).write_text("{")
+    with pytest.raises(UserError, match="not a readable adapter config"):
+        read_adapter(path)
+    path = broken("type")
+    edit_config(path, peft_type="VERA")
+    with pytest.raises(UserError, match="only FlyLoRA and LoRA"):
+        read_adapter(path)
+    path = broken("k")
+    edit_config(path, k=99)
+    with pytest.raises(UserError, match="k is 99 but r is 8"):
+        read_adapter(path)
+    path = broken("rank")
+    edit_config(path, r=10)
+    with pytest.raises(UserError, match="do not belong together"):
+        read_adapter(path)
+    path = broken("cut")
+    whole = (path / WEIGHTS_FILE).read_bytes()
+    (path / WEIGHTS_FILE).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="damaged or cut off"):
+        read_adapter(path)
+    path = broken("missing")
+    tensors = load_file(path / WEIGHTS_FILE)
+    del tensors[f"base_model.model.{Q}.flylora_d"]
+    save_file(tensors, path / WEIGHTS_FILE)
+    with pytest.raises(UserError, match=f"lacks flylora_d of {Q}"):
+        read_adapter(path)
+    path = broken("surplus")
+    save_file({**load_file(path / WEIGHTS_FILE), "base_model.model.head.weight": torch.zeros(2)}, path / WEIGHTS_FILE)
+    with pytest.raises(UserError, match="no factor of a FlyLoRA"):
+        read_adapter(path)
+    path = broken("pickled")
+    (path / WEIGHTS_FILE).unlink()
+    with pytest.raises(UserError, match="no weights"):
+        read_adapter(path)
+    (path / "adapter_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match="never opened"):
+        read_adapter(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "trained biases"),
+        ({"init_lora_weights": "pissa"}, "initialised by pissa"),
+        ({"modules_to_save": ["score"]}, r"fully trained modules \(score\)"),
+    ],
+)
+def test_loras_that_are_more_than_two_factors_are_refused(save: Save, fields: dict[str, object], sentence: str) -> None:
+    adapter = save("a", lora())
+    edit_config(adapter.path, **fields)
+    with pytest.raises(UserError, match=sentence):
+        read_adapter(adapter.path)
+
+
+def test_reading_needs_the_library_registered_only() -> None:
+    assert flylora.FlyLoraConfig(r=4, k=2).peft_type in peft.PEFT_TYPE_TO_CONFIG_MAPPING
