@@ -19,10 +19,10 @@ from flylora.adapter_folder import (
     WEIGHTS_FILE,
     SavedAdapter,
     TensorFile,
-    new_folder,
     read_adapter,
     write_adapter,
 )
+from flylora.records import new_folder
 from saved_adapters import Save, assert_same_outputs, fly, lora, outputs
 
 Q = "model.layers.1.self_attn.q_proj"

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,7 +28,7 @@ from flylora import functional
 from flylora.errors import UserError
 from flylora.functional import Block, SparseProjection
 from flylora.lab.baselines.split_lora import SplitLoraConfig
-from flylora.records import adapter_fingerprint, saving
+from flylora.records import adapter_fingerprint, new_folder
 from flylora.tuner.config import BlockConfig, FlyLoraConfig, pattern_value
 from flylora.tuner.layer import generate_block
 
@@ -589,65 +587,6 @@ def _count(shape: Iterable[int]) -> int:
     for size in shape:
         product *= size
     return product
-
-
-@contextmanager
-def new_folder(path: str | Path, overwrite: bool = False, mark: str = CONFIG_FILE) -> Iterator[Path]:
-    """A temporary folder beside ``path`` that takes its name when the block ends well, and is removed otherwise.
-
-    Raises:
-        UserError: ``path`` exists and is not empty and ``overwrite`` is not set, or it cannot be written to.
-    """
-    path = Path(path)
-    refuse_existing(path, overwrite, mark)
-    with saving(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
-        with saving(path):
-            partial.chmod(0o777 & ~_umask())  # mkdtemp makes folders for their owner alone
-            yield partial
-            _replace_folder(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def refuse_existing(path: Path, overwrite: bool, mark: str = CONFIG_FILE) -> None:
-    """Raise ``UserError`` where ``path`` is taken: a file, or a folder with something in it that may not be replaced.
-
-    Args:
-        mark: a file that a folder must hold to be overwritten, lest it is something else.
-    """
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file, but a folder is needed: choose another output.")
-    if not overwrite and path.is_dir() and any(path.iterdir()):
-        raise UserError(
-            f"{path} already exists and is not empty: choose another output, or allow it to be overwritten."
-        )
-    if overwrite and path.is_dir() and any(path.iterdir()) and not (path / mark).exists():
-        raise UserError(f"{path} holds no {mark}, so it is not overwritten: choose another output.")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _replace_folder(partial: Path, path: Path) -> None:
-    """Give ``partial`` the name ``path``; an old folder disappears only once the new one is complete."""
-    if not path.exists():
-        partial.rename(path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-    path.rename(old / path.name)
-    try:
-        partial.rename(path)
-    except BaseException:
-        (old / path.name).rename(path)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def save_config(config: PeftConfig, folder: Path) -> None:

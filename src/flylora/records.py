@@ -1,7 +1,9 @@
-"""What a command did, as JSON that describes itself: settings, results and where they came from.
+"""Records and the safe way to write files.
 
-A record is a dataclass that names its kind and version. Writing is atomic; reading refuses what a newer version of
-the package wrote rather than misread it.
+A record is what a command did, as JSON that describes itself: settings, results and where they came from. It is a
+dataclass that names its kind and version. Reading refuses a record that a newer version of the package wrote.
+
+Files and folders are written whole or not at all, and an old one goes only when the new one is complete.
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -22,6 +27,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import safetensors
+from tqdm import tqdm
 
 from flylora.errors import UserError
 
@@ -230,6 +236,74 @@ def write_text(path: Path, text: str) -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | Path, overwrite: bool = False, mark: str = "adapter_config.json") -> Iterator[Path]:
+    """A temporary folder beside ``path``: it gets that name when the block ends well, and is removed otherwise.
+
+    Args:
+        path: The folder to make. overwrite: Replace a folder of that name.
+        mark: A file that a folder must hold to be replaced, so that no other folder is lost by mistake.
+
+    Raises:
+        UserError: ``path`` may not be written, see [`refuse_existing`], or cannot be.
+    """
+    path = Path(path)
+    refuse_existing(path, overwrite, mark)
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        with saving(path):
+            mask = os.umask(0)
+            os.umask(mask)
+            partial.chmod(0o777 & ~mask)  # mkdtemp makes folders for their owner alone
+            yield partial
+            replace_folder(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_existing(path: Path, overwrite: bool, mark: str = "adapter_config.json") -> None:
+    """Checks that a folder may be written: it is new or empty, or holds ``mark`` and ``overwrite`` is set.
+
+    Raises:
+        UserError: ``path`` is a file, or a folder that may not be replaced.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, but a folder is needed: choose another output.")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(
+            f"{path} already exists and is not empty: choose another output, or allow it to be overwritten."
+        )
+    if not (path / mark).exists():
+        raise UserError(f"{path} holds no {mark}, so it is not overwritten: choose another output.")
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Renames ``new`` to ``path``; a folder already there is removed only afterwards, and put back on failure."""
+    if not path.exists():
+        new.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    path.rename(old / path.name)
+    try:
+        new.rename(path)
+    except BaseException:
+        (old / path.name).rename(path)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def progress(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[float], Any]]:
+    """A progress bar on standard error; the context gives the function that moves it on by a number of steps."""
+    with tqdm(total=total, desc=what, disable=quiet, file=sys.stderr, dynamic_ncols=True) as bar:
+        yield bar.update
 
 
 @contextmanager

@@ -15,9 +15,8 @@ from flylora.errors import UserError
 from flylora.export.config import SaveDType
 from flylora.export.factors import LinearFactors
 from flylora.export.moments import adapted_modules
-from flylora.merging.engine import progress
 from flylora.models import first_line
-from flylora.records import saving
+from flylora.records import progress, saving
 
 
 def add_updates(model: nn.Module, factors: Sequence[LinearFactors], quiet: bool = False) -> None:

@@ -17,7 +17,7 @@ from flylora.adapter_folder import ModuleFactors, SavedAdapter
 from flylora.errors import UserError
 from flylora.export.linear import Moments
 from flylora.lab.data import CompletionCollator, Encoded
-from flylora.merging.engine import progress
+from flylora.records import progress
 from flylora.tuner.layer import canonical_name
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from peft import PeftModel
 
 from flylora.adapted import adapted, trained_on_other_weights
-from flylora.adapter_folder import SavedAdapter, new_folder, read_adapter, refuse_existing
+from flylora.adapter_folder import SavedAdapter, read_adapter
 from flylora.errors import UserError
 from flylora.export.config import ExportConfig
 from flylora.export.factors import LinearFactors, check_method, linear_factors
@@ -35,7 +35,7 @@ from flylora.lab.training.record import RECORD_NAME as TRAIN_RECORD
 from flylora.lab.training.record import TrainRecord
 from flylora.merging.calibration import load_base
 from flylora.models import LoadedModel, load_model
-from flylora.records import file_sha256, now, provenance, read_record, write_record
+from flylora.records import file_sha256, new_folder, now, provenance, read_record, refuse_existing, write_record
 
 NOT_MEASURED = (
     "The gap between adapter and export was not measured, because there was no text: name a task or a text file with "

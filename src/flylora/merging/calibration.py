@@ -29,10 +29,10 @@ from flylora.errors import UserError
 from flylora.lab.data import IGNORED, CompletionCollator, Encoded, encode
 from flylora.lab.tasks import Task, load_task
 from flylora.merging.config import CalibrateConfig, Tokens
-from flylora.merging.engine import MergeSpec, merge_to, progress
+from flylora.merging.engine import MergeSpec, merge_to
 from flylora.merging.layout import Codes, Layout, check_compatible, codes, plan
 from flylora.models import LoadedModel, load_model
-from flylora.records import provenance, saving
+from flylora.records import progress, provenance, saving
 from flylora.tuner.layer import canonical_name
 
 FORMAT_VERSION = 1

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from peft import LoraConfig, PeftConfig
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from flylora.adapter_folder import KEY_PREFIX, WEIGHTS_FILE, Kind, SavedAdapter, TensorFile, new_folder, save_config
+from flylora.adapter_folder import KEY_PREFIX, WEIGHTS_FILE, Kind, SavedAdapter, TensorFile, save_config
 from flylora.errors import UserError
 from flylora.lab.baselines.split_lora import SplitLoraConfig
 from flylora.merging.layout import (
@@ -40,6 +37,7 @@ from flylora.merging.methods import (
     weighted_sum,
 )
 from flylora.merging.table import Method, effective_weights, method
+from flylora.records import new_folder, progress
 from flylora.tuner.config import FlyLoraConfig
 from flylora.tuner.layer import ProjectionState, identity_tensors
 
@@ -141,19 +139,6 @@ def merge_to(
         if extra is not None:
             extra(folder, work.report)
     return work.report
-
-
-def progress(what: str, total: int, quiet: bool = False) -> AbstractContextManager[Callable[[int], Any]]:
-    """A progress bar on standard error; the context gives the function that moves it on."""
-
-    @contextmanager
-    def bar() -> Any:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), disable=quiet) as shown:
-            task = shown.add_task(what, total=total)
-            yield lambda count: shown.advance(task, count)
-
-    return bar()
 
 
 # --- what becomes of one module --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flylora.adapter_folder import Kind, SavedAdapter, new_folder, read_adapter, refuse_existing
+from flylora.adapter_folder import Kind, SavedAdapter, read_adapter
 from flylora.errors import UserError
 from flylora.lab.evaluation.retention import (
     ItemLosses,
@@ -33,7 +33,7 @@ from flylora.merging.layout import Layout, check_compatible, plan
 from flylora.merging.record import RECORD_NAME, MergeRecord
 from flylora.merging.table import Method, effective_weights, method
 from flylora.models import LoadedModel
-from flylora.records import now, provenance, saving, write_record, write_text
+from flylora.records import new_folder, now, provenance, refuse_existing, saving, write_record, write_text
 
 TABLE_NAME = "retention.md"
 

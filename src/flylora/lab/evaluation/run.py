@@ -7,16 +7,13 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flylora.adapted import adapted, base_of, changes_logits, trained_on_other_weights
@@ -31,7 +28,7 @@ from flylora.lab.evaluation.sandbox import check_isolation
 from flylora.lab.tasks import Example, Task, load_task
 from flylora.lab.tasks.base import CodeExample
 from flylora.models import LoadedModel, load_model
-from flylora.records import Provenance, now, provenance, write_record
+from flylora.records import Provenance, now, progress, provenance, write_record
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +218,7 @@ def _answer_choices(setting: _Setting, scored: list[_Scored]) -> None:
             rows += whole
             owners += [(item, index) for index in range(len(whole))]
     found: dict[str, list[list[float]]] = defaultdict(list)
-    with _progress("answers", len(rows)) as advance:
+    with progress("answers", len(rows)) as advance:
         likelihoods = token_log_likelihoods(setting.model, rows, setting.config.batch_size, advance)
     for (item, _), likelihood in zip(owners, likelihoods, strict=True):
         found[item.example.id].append(likelihood)
@@ -260,7 +257,7 @@ def _answer_by_generation(setting: _Setting, scored: list[_Scored]) -> None:
 def _answer_by_programs(setting: _Setting, scored: list[_Scored]) -> None:
     """Draws programs for every item and runs each against the item's tests, in the sandbox."""
     outputs = _generated(setting, scored)
-    with _progress("programs", len(outputs) * setting.config.samples) as advance:
+    with progress("programs", len(outputs) * setting.config.samples) as advance:
         for item, texts in outputs:
             assert isinstance(item.example, CodeExample)
             samples = []
@@ -289,7 +286,7 @@ def _generated(setting: _Setting, scored: list[_Scored]) -> list[tuple[_Scored, 
             owners.append(item)
     seeds = [sample_seed(config.seed, item.example.id, n) for item in owners for n in range(config.samples)]
     ends = {end_token_id(setting.tokenizer, chat), end_token_id(setting.tokenizer, False)}
-    with _progress("generation", len(prompts)) as advance:
+    with progress("generation", len(prompts)) as advance:
         texts = generate(
             setting.model,
             setting.tokenizer,
@@ -307,7 +304,7 @@ def _generated(setting: _Setting, scored: list[_Scored]) -> list[tuple[_Scored, 
 def _measure_loss(setting: _Setting, scored: list[_Scored]) -> None:
     pairs = [(item, _encoded(setting, item.example)) for item in scored]
     fitting = [(item, row) for item, row in pairs if row is not None]
-    with _progress("loss", len(fitting)) as advance:
+    with progress("loss", len(fitting)) as advance:
         likelihoods = token_log_likelihoods(
             setting.model, [row for _, row in fitting], setting.config.batch_size, advance
         )
@@ -375,11 +372,3 @@ def standard_error(scores: Sequence[float]) -> float:
     """sqrt(sum of (s - mean)^2) / n: of the mean of n independent scores; sqrt(p (1 - p) / n) where each is 0 or 1."""
     mean = math.fsum(scores) / len(scores)
     return math.sqrt(math.fsum((score - mean) ** 2 for score in scores)) / len(scores)
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], Any]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task(what, total=total)
-        yield lambda count: progress.advance(bar, count)
