@@ -252,5 +252,10 @@ def test_loras_that_are_more_than_two_factors_are_refused(save: Save, fields: di
         read_adapter(adapter.path)
 
 
+def test_a_short_name_of_the_base_is_read_as_its_hub_name(save: Save) -> None:
+    assert save("a", fly(), base="smollm2-135m").base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert save("b", fly(), base="tiny").base_model == "tiny"
+
+
 def test_reading_needs_the_library_registered_only() -> None:
     assert flylora.FlyLoraConfig(r=4, k=2).peft_type in peft.PEFT_TYPE_TO_CONFIG_MAPPING

@@ -14,12 +14,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from conftest import make_model
 from flylora import models
+from flylora.adapter_folder import SHORT_NAMES
 from flylora.errors import UserError
-from flylora.models import ModelSource, auto_dtype, load_model, load_tokenizer, pick_device, resolve_model
+from flylora.models import ModelSource, auto_dtype, load_base, load_model, load_tokenizer, pick_device, resolve_model
 
 
 def test_a_folder_is_loaded_with_its_tokenizer_and_hash(tiny_model_dir: Path) -> None:
@@ -197,6 +199,33 @@ def test_smollm2_is_else_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.chdir(tmp_path)
     assert resolve_model(models.SMOLLM2) == ModelSource("HuggingFaceTB/SmolLM2-135M-Instruct")
+
+
+def test_the_hub_name_of_smollm2_is_the_same_model_and_what_adapters_will_name(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub_name = SHORT_NAMES[models.SMOLLM2]
+    assert resolve_model(hub_name) == resolve_model(models.SMOLLM2)
+    monkeypatch.setattr(models, "_local_folder", lambda name: (tiny_model_dir, "hash"))
+    for name in (hub_name, models.SMOLLM2):
+        loaded = load_model(name)
+        assert (loaded.source, loaded.model.name_or_path) == (name, hub_name)
+
+
+def test_a_base_model_is_a_name_a_loaded_model_or_a_model_with_its_tokenizer(tiny_model_dir: Path) -> None:
+    loaded = load_model(str(tiny_model_dir), "float32")
+    assert load_base([], str(tiny_model_dir)).sha256 == loaded.sha256
+    assert load_base([], loaded) is loaded
+    loaded.model.train()
+    given = load_base([], (loaded.model, loaded.tokenizer))
+    assert (given.model, given.tokenizer, given.source) == (loaded.model, loaded.tokenizer, str(tiny_model_dir))
+    assert not given.model.training
+    with pytest.raises(UserError, match="name no base model: give it as model"):
+        load_base([])
+    adapted = get_peft_model(loaded.model, LoraConfig(r=1, target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="carries an adapter already"):
+        load_base([], (adapted, loaded.tokenizer))
 
 
 def test_a_hub_name_is_downloaded_without_pickles(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

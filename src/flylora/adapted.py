@@ -1,4 +1,4 @@
-"""A saved adapter put on a base model, with everything that can be wrong with it told in one sentence."""
+"""A saved adapter put on a base model; whatever is wrong with it is an error of one sentence."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-import flylora  # noqa: F401  registers FLYLORA with PEFT
 from flylora.errors import UserError
-from flylora.lab.training.record import RECORD_NAME
 from flylora.models import LoadedModel, first_line, take_off
-from flylora.records import adapter_fingerprint
+from flylora.records import TRAIN_RECORD, adapter_fingerprint
 
 
 @contextmanager
@@ -46,7 +44,7 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"There is no adapter folder {folder}: check the path.")
     config = folder / "adapter_config.json"
     if not config.is_file():
-        if (folder / RECORD_NAME).is_file():
+        if (folder / TRAIN_RECORD).is_file():
             raise UserError(f"The training run in {folder} is not finished: go on with flylora train --resume.")
         raise UserError(f"The folder {folder} holds no adapter (no adapter_config.json): give the folder of one.")
     try:
@@ -63,7 +61,7 @@ def _made(loaded: LoadedModel, folder: Path) -> PeftModel:
     """
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = True
-    # PEFT would warn that the base has another name; whether it is another one is told by hash and shapes.
+    # PEFT would warn that the base has another name; whether it is another one shows in hash and shapes.
     config.base_model_name_or_path = None
     with torch.random.fork_rng():
         return get_peft_model(loaded.model, config)
@@ -101,7 +99,7 @@ def _check_fit(model: PeftModel, loaded: LoadedModel, folder: Path) -> None:
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         stored = set(file.keys())
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    for names, what in ((stored - expected, "no place for"), (expected - stored, "no value for")):
+    for names, what in ((stored - expected, "no module for"), (expected - stored, "no value for")):
         if names:
             raise UserError(
                 f"The adapter in {folder} does not fit the base model {loaded.source}, which has {what} {len(names)} "
@@ -120,7 +118,7 @@ def changes_logits(model: PeftModel, input_ids: torch.Tensor) -> bool:
 
 def trained_on_other_weights(folder: Path, loaded: LoadedModel) -> bool:
     """Whether the adapter's training record names a base model with other weights; ``False`` without a record."""
-    path = folder / RECORD_NAME
+    path = folder / TRAIN_RECORD
     if not path.is_file():
         return False
     body = json.loads(path.read_text(encoding="utf-8"))

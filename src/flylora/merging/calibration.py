@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from flylora.adapted import adapted, base_of
-from flylora.adapter_folder import SavedAdapter, TensorFile, read_adapter
+from flylora.adapter_folder import TensorFile, read_adapter
 from flylora.errors import UserError
 from flylora.lab.data import IGNORED, CompletionCollator, Encoded, encode
 from flylora.lab.tasks import Task, load_task
 from flylora.merging.config import CalibrateConfig, Tokens
 from flylora.merging.engine import MergeSpec, merge_to
 from flylora.merging.layout import Codes, Layout, check_compatible, codes, plan
-from flylora.models import LoadedModel, load_model
+from flylora.models import LoadedModel, load_base
 from flylora.records import progress, provenance, saving
 from flylora.tuner.layer import canonical_name
 
@@ -315,18 +315,6 @@ def _running(given: str | None) -> Running:
     if given is None:
         return "average"
     return "none" if given == "none" else Path(given)
-
-
-def load_base(adapters: Sequence[SavedAdapter], name: str | None, dtype: Any, device: str) -> LoadedModel:
-    """The base model of a merge.
-
-    Raises:
-        UserError: neither the user nor the adapters name it, or it cannot be loaded.
-    """
-    name = name or next((adapter.base_model for adapter in adapters if adapter.base_model), None)
-    if name is None:
-        raise UserError("The adapters' configs name no base model: give it as model.")
-    return load_model(name, dtype, device)
 
 
 def task_statistics(

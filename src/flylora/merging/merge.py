@@ -26,13 +26,13 @@ from flylora.lab.evaluation.retention import (
     retention,
     retention_table,
 )
-from flylora.merging.calibration import GramTable, Running, TaskStatistics, load_base, read_statistics, task_statistics
+from flylora.merging.calibration import GramTable, Running, TaskStatistics, read_statistics, task_statistics
 from flylora.merging.config import MergeConfig
 from flylora.merging.engine import RIDGES, MergeReport, MergeSpec, Statistics, check_method, merge_to
 from flylora.merging.layout import Layout, check_compatible, plan
 from flylora.merging.record import RECORD_NAME, MergeRecord
 from flylora.merging.table import Method, effective_weights, method
-from flylora.models import LoadedModel
+from flylora.models import LoadedModel, load_base
 from flylora.records import new_folder, now, provenance, refuse_existing, saving, write_record, write_text
 
 TABLE_NAME = "retention.md"

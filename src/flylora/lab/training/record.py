@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from flylora.records import Record
+from flylora.records import TRAIN_RECORD, Record
 
-RECORD_NAME = "train_record.json"
+RECORD_NAME = TRAIN_RECORD
 
 
 @dataclass(frozen=True, kw_only=True)
