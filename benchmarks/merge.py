@@ -39,7 +39,8 @@ SHAPES = {  # (out_features, in_features) of Llama-3.1-8B
 
 def build(folder: Path, seed: int, layers: int) -> None:
     """One adapter of random weights, written tensor by tensor."""
-    from flylora import FlyLoraConfig, functional
+    from flylora import FlyLoraConfig
+    from flylora import projection as projections
     from flylora.adapter_folder import KEY_PREFIX, new_adapter
 
     config = FlyLoraConfig(
@@ -61,10 +62,10 @@ def build(folder: Path, seed: int, layers: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with new_adapter(folder, config, layout) as file:
         for name, (out_features, in_features) in modules.items():
-            own = functional.derive_seed(seed, name)
+            own = projections.derive_seed(seed, name)
             block = config.blocks_at(name)[0]
-            projection = functional.sparse_projection(own, RANK, in_features, block.nonzeros(in_features))
-            digest = functional.fingerprint(projection, in_features)
+            projection = projections.draw_nonzeros(own, RANK, in_features, block.nonzeros(in_features))
+            digest = projections.fingerprint(projection, in_features)
             file.write(f"{KEY_PREFIX}{name}.flylora_B", torch.randn(out_features, RANK, generator=generator))
             file.write(f"{KEY_PREFIX}{name}.flylora_d", torch.zeros(RANK))
             file.write(f"{KEY_PREFIX}{name}.flylora_seed", torch.tensor([own]))

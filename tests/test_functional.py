@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import random
-import subprocess
-import sys
 from collections import Counter
 from itertools import combinations
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -19,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flylora import functional
-from flylora.functional import Block, SparseProjection
+from flylora.functional import Block
+from flylora.projection import densify, derive_seed, draw_nonzeros
 from reference import flylora as reference
 
 SELECTIONS = ("magnitude", "signed", "biased_magnitude", "random", "all")
@@ -395,8 +391,8 @@ def test_the_bias_moves_the_selection_and_never_the_output() -> None:
 @pytest.mark.parametrize("selection", SELECTIONS[:3])
 def test_every_dtype_routes_alike(selection: Any) -> None:
     """The same numbers choose the same ranks, whatever type carries them and under autocast too."""
-    seed = functional.derive_seed(0, "layer")
-    projection = functional.densify(functional.sparse_projection(seed, 32, 96, 24), 96)
+    seed = derive_seed(0, "layer")
+    projection = densify(draw_nonzeros(seed, 32, 96, 24), 96)
     x = torch.randn(3000, 96, generator=torch.Generator().manual_seed(1)).mul(16).round().clamp(-120, 120).div(16)
     steps = torch.randint(-20, 20, (32,), generator=torch.Generator().manual_seed(2))
     blocks = (Block(32, 8, selection),)
@@ -512,201 +508,6 @@ def test_no_temporary_of_the_outputs_or_inputs_size(dtype: torch.dtype) -> None:
     assert large(backward, [x, problem.weight, problem.grad]) == [tokens * n]
 
 
-# --- the projection ------------------------------------------------------------------------------------------
-
-
-@MODEST
-@given(
-    st.integers(0, 2**62),
-    st.integers(1, 40),
-    st.integers(1, 60),
-    st.floats(1e-4, 1.0),
-    st.sampled_from(["gaussian", "rademacher"]),
-)
-def test_each_row_has_p_nonzeros_at_distinct_columns(seed: int, r: int, n: int, density: float, init: Any) -> None:
-    p = functional.nonzeros_per_row(n, density)
-    assert p == reference.nonzeros_per_row(density, n)
-    values, columns = functional.sparse_projection(seed, r, n, p, init)
-    assert values.shape == columns.shape == (r, p)
-    assert values.dtype == torch.float32
-    assert columns.dtype == torch.int32
-    for row, places in zip(values.tolist(), columns.tolist(), strict=True):
-        assert all(value != 0 and reference.on_bfloat16_grid(value) for value in row)
-        assert places == sorted(set(places))
-        assert places[0] >= 0
-        assert places[-1] < n
-    dense = functional.densify(SparseProjection(values, columns), n)
-    assert dense.shape == (r, n)
-    assert (dense != 0).sum(dim=1).tolist() == [p] * r
-    for i, (row, places) in enumerate(zip(values.tolist(), columns.tolist(), strict=True)):
-        assert [dense[i, j].item() for j in places] == row
-    back = functional.sparsify(dense)
-    assert torch.equal(back.values, values)
-    assert torch.equal(back.columns, columns)
-
-
-def test_sparsify_pads_uneven_rows() -> None:
-    dense = torch.tensor([[0.0, 2.0, 0.0, 3.0], [0.0, 0.0, 0.0, 5.0], [0.0, 0.0, 0.0, 0.0]])
-    packed = functional.sparsify(dense)
-    assert packed.values.shape == (3, 2)
-    assert torch.equal(functional.densify(packed, 4), dense)
-    again = functional.sparsify(functional.densify(packed, 4))
-    assert functional.fingerprint(again, 4) == functional.fingerprint(packed, 4)
-
-
-def test_columns_are_a_uniform_subset() -> None:
-    columns = functional.sparse_projection(7, 6000, 50, 5).columns
-    counts = torch.bincount(columns.flatten().long(), minlength=50).tolist()
-    # 49 degrees of freedom, narrowed by 1 - p/n for drawing without replacement.
-    assert 49 * 0.9 * 0.45 < reference.chi_square(counts, 600.0) < 49 * 0.9 * 1.9
-    pairs = Counter(tuple(row) for row in functional.sparse_projection(8, 6000, 6, 2).columns.tolist())
-    assert reference.chi_square([pairs[pair] for pair in combinations(range(6), 2)], 400.0) < 40  # 14 of freedom
-
-
-@pytest.mark.parametrize(("r", "p"), [(4, 30_000), (32, 4_000)])
-def test_gaussian_values_have_mean_0_and_standard_deviation_1_over_r(r: int, p: int) -> None:
-    values = functional.sparse_projection(3, r, 2 * p, p).values.double().flatten() * r
-    mean, variance = reference.mean_and_variance(values.tolist())
-    count = r * p
-    assert abs(mean) < 4 / count**0.5
-    assert abs(variance - 1) < 4 * (2 / count) ** 0.5
-    assert abs(float((values**4).mean()) / variance**2 - 3) < 4 * (96 / count) ** 0.5  # as a normal's, not a uniform's
-    rows = functional.densify(functional.sparse_projection(3, r, 2 * p, p), 2 * p).double()
-    overlap = torch.corrcoef(rows) - torch.eye(r)
-    assert overlap.abs().max() < 6 / (2 * p) ** 0.5  # rows are independent of one another
-
-
-@pytest.mark.parametrize("r", [4, 7, 32])
-def test_rademacher_values_are_plus_or_minus_1_over_r(r: int) -> None:
-    values = functional.sparse_projection(3, r, 4000, 1000, "rademacher").values
-    size = torch.tensor(1 / r, dtype=torch.float64).bfloat16().float()
-    assert torch.equal(values.abs(), size.expand_as(values))
-    share = (values > 0).double().mean().item()
-    assert abs(share - 0.5) < 4 * 0.5 / values.numel() ** 0.5
-
-
-def test_projections_keep_length_on_average() -> None:
-    """Theorem 3.1: E |A x|^2 = r sigma^2 |x|^2 with sigma^2 = p / (n r^2)."""
-    r, n, p = 32, 64, 16
-    x = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    sizes = []
-    for seed in range(300):
-        dense = functional.densify(functional.sparse_projection(seed, r, n, p), n).double()
-        sizes.append(float((dense @ x).square().sum()))
-    expected = r * p / (n * r**2) * float(x.square().sum())
-    assert abs(sum(sizes) / 300 / expected - 1) < 0.05
-
-
-GOLDEN = {
-    # Changing any of these orphans every adapter that was ever saved.
-    "gaussian": "86dbaefdca42a5390692d7d03e406ca5aa140ff15ddfb069e40a12fa12a04f00",
-    "rademacher": "2b61c2f38833e5688c7a06b26c5e4c113e4d8ac16bb0ebf81f4492366e259347",
-    "dense": "9c8b2ba84236e3609353eb1a6bdfdba075ffdd141911d47f11563d10c0580f07",
-}
-GOLDEN_SEEDS = {
-    (0, "model.layers.0.self_attn.q_proj"): 5793912173949611053,
-    (0, "lin0"): 3304609754558359517,
-    (23, "lin0"): 8958208061936378633,
-    (-1, ""): 8541387174662153210,
-}
-
-_PRINT_PROJECTIONS = """
-import torch, random, numpy
-random.seed(5); numpy.random.seed(6); torch.manual_seed(7); torch.set_num_threads(2)
-torch.randn(3)
-from flylora import functional
-seed = functional.derive_seed(0, "model.layers.0.self_attn.q_proj")
-for init, p in (("gaussian", 144), ("rademacher", 144), ("gaussian", 576)):
-    print(functional.fingerprint(functional.sparse_projection(seed, 32, 576, p, init), 576).hex())
-"""
-
-
-def _golden_fingerprints() -> list[str]:
-    seed = functional.derive_seed(0, "model.layers.0.self_attn.q_proj")
-    return [
-        functional.fingerprint(functional.sparse_projection(seed, 32, 576, p, init), 576).hex()  # type: ignore[arg-type]
-        for init, p in (("gaussian", 144), ("rademacher", 144), ("gaussian", 576))
-    ]
-
-
-def test_golden_fingerprints() -> None:
-    assert _golden_fingerprints() == list(GOLDEN.values())
-    assert {key: functional.derive_seed(*key) for key in GOLDEN_SEEDS} == GOLDEN_SEEDS
-
-
-def test_another_process_makes_the_same_projection() -> None:
-    printed = subprocess.run(
-        [sys.executable, "-c", _PRINT_PROJECTIONS],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-        env={**os.environ, "PYTHONHASHSEED": "123"},
-    ).stdout.split()
-    assert printed == _golden_fingerprints()
-
-
-def test_seeds_and_names_make_other_projections() -> None:
-    names = [f"model.layers.{i}.{part}" for i in range(20) for part in ("q_proj", "k_proj")]
-    seeds = [functional.derive_seed(seed, name) for seed in range(20) for name in names]
-    assert len(set(seeds)) == len(seeds)
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    one, two = (
-        functional.densify(functional.sparse_projection(seed, 32, 400, 100), 400).flatten() for seed in seeds[:2]
-    )
-    assert abs(float(torch.corrcoef(torch.stack([one, two]))[0, 1])) < 0.05
-
-
-def test_projection_ignores_default_dtype_and_device() -> None:
-    wanted = {
-        init: functional.fingerprint(functional.sparse_projection(5, 7, 30, 9, init), 30)  # type: ignore[arg-type]
-        for init in ("gaussian", "rademacher")
-    }
-    previous = torch.get_default_dtype()
-    for init, digest in wanted.items():
-        for dtype in (torch.float64, torch.bfloat16):
-            torch.set_default_dtype(dtype)
-            try:
-                made = functional.sparse_projection(5, 7, 30, 9, init)  # type: ignore[arg-type]
-            finally:
-                torch.set_default_dtype(previous)
-            assert functional.fingerprint(made, 30) == digest
-        with torch.device("meta"):
-            made = functional.sparse_projection(5, 7, 30, 9, init)  # type: ignore[arg-type]
-            dense = functional.densify(made, 30)
-        assert functional.fingerprint(functional.sparsify(dense), 30) == digest
-
-
-def test_global_random_state_is_neither_read_nor_written() -> None:
-    random.seed(1)
-    np.random.seed(1)  # noqa: NPY002 - the global state is what is watched
-    torch.manual_seed(1)
-    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())  # type: ignore[index]  # noqa: NPY002
-    first = functional.sparse_projection(4, 8, 50, 10)
-    y = torch.ones(3, 8)
-    functional.select(y, torch.zeros(8), (Block(8, 2, "random", 3),))
-    after = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())  # type: ignore[index]  # noqa: NPY002
-    assert before[:2] == after[:2]
-    assert torch.equal(before[2], after[2])
-    torch.manual_seed(2)
-    assert torch.equal(functional.sparse_projection(4, 8, 50, 10).values, first.values)
-
-
-def test_fingerprint_sees_every_change() -> None:
-    projection = functional.sparse_projection(1, 4, 20, 5)
-    wanted = functional.fingerprint(projection, 20)
-    assert len(wanted) == 32
-    assert functional.fingerprint(SparseProjection(projection.values.clone(), projection.columns.clone()), 20) == wanted
-    values, columns = projection.values.clone(), projection.columns.clone()
-    values[2, 3] *= 1.0078125
-    columns[1, 0] += 1
-    for altered in (SparseProjection(values, projection.columns), SparseProjection(projection.values, columns)):
-        assert functional.fingerprint(altered, 20) != wanted
-    assert functional.fingerprint(projection, 21) != wanted
-    reshaped = SparseProjection(projection.values.view(2, 10), projection.columns.view(2, 10))
-    assert functional.fingerprint(reshaped, 20) != wanted
-
-
 # --- the balance step ----------------------------------------------------------------------------------------
 
 
@@ -728,7 +529,7 @@ def test_balance_steps_by_hand() -> None:
 def _coefficient_of_variation(selection: Any, steps: int) -> tuple[float, float, float]:
     """Spread of the expert load before and after balancing on inputs that favour some ranks; and the largest d."""
     generator = torch.Generator().manual_seed(0)
-    projection = functional.densify(functional.sparse_projection(1, 16, 32, 8), 32)
+    projection = densify(draw_nonzeros(1, 16, 32, 8), 32)
     scale = torch.linspace(0.2, 3.0, 32)
     count = torch.zeros(16, dtype=torch.int32)
     block = (Block(16, 4, selection),)

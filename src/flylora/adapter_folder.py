@@ -24,10 +24,11 @@ from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flylora import functional
+from flylora import projection
 from flylora.errors import UserError
-from flylora.functional import Block, SparseProjection
+from flylora.functional import Block
 from flylora.lab.baselines.split_lora import SplitLoraConfig
+from flylora.projection import NonZeros as SparseProjection
 from flylora.records import adapter_fingerprint, new_folder
 from flylora.tuner.config import BlockConfig, FlyLoraConfig, pattern_value
 from flylora.tuner.layer import generate_block
@@ -171,14 +172,14 @@ class ModuleFactors:
             ranks = [block.r for block in self.blocks]
             _check_columns(self.name, self.stored, n)
             parts = [
-                functional.sparsify(functional.densify(SparseProjection(values, columns), n))
+                projection.sparsify(projection.densify(SparseProjection(values, columns), n))
                 for values, columns in zip(
                     self.stored.values.split(ranks), self.stored.columns.split(ranks), strict=True
                 )
             ]
         else:
             parts = [generate_block(seed, block, n) for seed, block in zip(self.seeds, self.blocks, strict=True)]
-        if tuple(functional.fingerprint(part, n) for part in parts) != self.fingerprints:
+        if tuple(projection.fingerprint(part, n) for part in parts) != self.fingerprints:
             raise UserError(
                 f"The projection of {self.name} that the stored seed gives for {n} inputs is not the one the adapter "
                 "was trained with: the file or its config was altered, or it belongs to another base model; get the "
@@ -195,7 +196,7 @@ class ModuleFactors:
         if isinstance(self.stored, Tensor):
             return self.stored.float()
         n = self._known_in_features(in_features)
-        return torch.cat([functional.densify(part, n) for part in self.block_projections(n)])
+        return torch.cat([projection.densify(part, n) for part in self.block_projections(n)])
 
     def delta(self, in_features: int | None = None) -> Tensor:
         """s B A, (m, n) float32: the update itself for a linear adapter, that of k = r for a routed one."""
@@ -314,10 +315,10 @@ class SavedAdapter:
             if int(factors.stored.columns.max()) >= in_features:
                 return False
             first = SparseProjection(factors.stored.values[: block.r], factors.stored.columns[: block.r])
-            part = functional.sparsify(functional.densify(first, in_features))
+            part = projection.sparsify(projection.densify(first, in_features))
         else:
             part = generate_block(factors.seeds[0], block, in_features)
-        return functional.fingerprint(part, in_features) == factors.fingerprints[0]
+        return projection.fingerprint(part, in_features) == factors.fingerprints[0]
 
     def factors(self, module: str) -> ModuleFactors:
         """The factors of one module, read now.

@@ -23,7 +23,6 @@ Forward (Eq. 7, 8, 10, 11):  out = W x + s * sum_{i in I} b_i y_i,  I = the k la
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +32,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Selection = Literal["magnitude", "signed", "biased_magnitude", "random", "all"]
-ProjectionInit = Literal["gaussian", "rademacher"]
 
 
 class Block(NamedTuple):
@@ -51,93 +49,6 @@ class Block(NamedTuple):
     def is_linear(self) -> bool:
         """Whether every rank acts on every token, so that the adapter is the plain product B A."""
         return self.k >= self.r or self.selection == "all"
-
-
-class SparseProjection(NamedTuple):
-    """Rows of a projection by their non-zeros: ``values`` (r, p) float32, ``columns`` (r, p) int32, ascending."""
-
-    values: Tensor
-    columns: Tensor
-
-
-# --- the projection ------------------------------------------------------------------------------------------
-
-
-def nonzeros_per_row(in_features: int, density: float) -> int:
-    """p = max(1, round(rho n)), the non-zeros in each row of A."""
-    return min(in_features, max(1, round(density * in_features)))
-
-
-def derive_seed(projection_seed: int, module_name: str) -> int:
-    """The seed of one layer's A, from the adapter's seed and the module's full name.
-
-    It depends on neither the order of the layers nor on which others are adapted. Returns an integer in [0, 2^63).
-    """
-    digest = hashlib.sha256(f"flylora-projection:{projection_seed}:{module_name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-def sparse_projection(
-    seed: int, r: int, in_features: int, nonzeros: int, init: ProjectionInit = "gaussian"
-) -> SparseProjection:
-    """A's non-zeros: in each row exactly p distinct columns, drawn uniformly, each N(0, 1/r^2) (Section 3.2).
-
-    ``rademacher`` draws +1/r or -1/r instead (Table 15). Everything is drawn on the CPU in float64, which is the same
-    on every machine where float32 is not, and rounded to the bfloat16 grid, so that later casts to bfloat16 or
-    wider are exact. No global random state is read or written.
-
-    Args:
-        seed: the layer's own seed, see [`derive_seed`].
-        r, in_features, nonzeros: r, n and p.
-
-    Returns:
-        values (r, p) float32 and columns (r, p) int32, ascending in each row.
-    """
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    keys = torch.rand(r, in_features, dtype=torch.float64, generator=generator, device="cpu")
-    if nonzeros == in_features:
-        columns = torch.arange(in_features, dtype=torch.int64, device="cpu").expand(r, in_features)
-    else:
-        # The p smallest of n uniform keys are a uniform p-subset. NumPy selects with vector instructions: at 4096
-        # columns ten times as fast as torch.kthvalue, and the whole of loading an adapter is this.
-        drawn = keys.numpy()
-        chosen = drawn <= np.partition(drawn, nonzeros - 1, axis=1)[:, nonzeros - 1 : nonzeros]
-        if np.count_nonzero(chosen) != r * nonzeros:  # equal keys at the threshold: the lower columns win
-            chosen &= chosen.cumsum(axis=1) <= nonzeros
-        columns = torch.from_numpy(np.flatnonzero(chosen)).view(r, nonzeros)
-        columns -= torch.arange(r, device="cpu").mul_(in_features).unsqueeze(1)
-    if init == "gaussian":
-        values = torch.randn(r, nonzeros, dtype=torch.float64, generator=generator, device="cpu") / r
-    else:
-        signs = torch.rand(r, nonzeros, dtype=torch.float64, generator=generator, device="cpu") < 0.5
-        values = torch.where(signs, -1.0 / r, 1.0 / r)
-    return SparseProjection(values.to(torch.bfloat16).float(), columns.to(torch.int32))
-
-
-def densify(projection: SparseProjection, in_features: int) -> Tensor:
-    """The dense A (r, n) in float32 of the given non-zeros."""
-    values, columns = projection
-    dense = torch.zeros(values.shape[0], in_features, dtype=torch.float32, device=values.device)
-    return dense.scatter_(1, columns.long(), values)
-
-
-def sparsify(dense: Tensor) -> SparseProjection:
-    """The non-zeros of any A (r, n); rows with fewer than the fullest row are padded with explicit zeros."""
-    occupied = dense != 0
-    width = max(1, int(occupied.sum(dim=1).max()))
-    # A stable sort of "is zero" puts each row's non-zeros first, in column order, and pads with zero entries.
-    columns = torch.sort((~occupied).to(torch.uint8), dim=1, stable=True).indices[:, :width]
-    columns = columns.sort(dim=1).values
-    return SparseProjection(dense.float().gather(1, columns), columns.to(torch.int32))
-
-
-def fingerprint(projection: SparseProjection, in_features: int) -> bytes:
-    """sha256 (32 bytes) over r, n and the row-major non-zeros (column int32, value float32; little-endian)."""
-    values, columns = projection
-    digest = hashlib.sha256(f"{values.shape[0]}x{in_features}:{values.shape[1]};".encode())
-    digest.update(columns.to("cpu", torch.int32).contiguous().numpy().data)
-    digest.update(values.to("cpu", torch.float32).contiguous().numpy().data)
-    return digest.digest()
 
 
 # --- routing -------------------------------------------------------------------------------------------------

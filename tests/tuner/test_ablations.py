@@ -47,38 +47,6 @@ def logits(model: nn.Module) -> Tensor:
 # --- the fast Johnson-Lindenstrauss transform -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 2, 8, 16])
-def test_the_transform_is_the_walsh_hadamard_matrix(n: int) -> None:
-    rows = torch.randn(3, n, dtype=torch.float64)
-    wanted = rows @ torch.tensor(reference.hadamard(n), dtype=torch.float64)
-    torch.testing.assert_close(ablations.hadamard_transform(rows), wanted)
-
-
-@pytest.mark.parametrize("n", [16, 13])
-def test_fjlt_is_sparse_times_hadamard_times_signs(n: int) -> None:
-    values, columns = ablations.fjlt_projection(5, 4, n, 0.25)
-    assert torch.equal(columns, torch.arange(n, dtype=torch.int32).expand(4, n))
-    assert all(reference.on_bfloat16_grid(value) for value in values.flatten().tolist())
-    kept = functional.densify(functional.sparse_projection(5, 4, 16, 4), 16).double()
-    spread = kept @ torch.tensor(reference.hadamard(16), dtype=torch.float64)
-    signs = (values.double() / spread[:, :n]).sign()
-    assert (signs == signs[0]).all()  # one diagonal for all rows
-    assert {-1.0, 1.0} == set(signs[0].tolist())
-    torch.testing.assert_close(values.double(), spread[:, :n] * signs[0], rtol=2**-8, atol=0)
-
-
-def test_fjlt_keeps_squared_lengths_as_the_sparse_projection_does() -> None:
-    """E ||A x||^2 = r sigma^2 ||x||^2 with sigma^2 = p / (n r^2), also for an input of one large entry."""
-    r, n, density = 16, 64, 0.25
-    for x in (torch.ones(n) / 8, torch.eye(n)[3]):
-        lengths = []
-        for seed in range(300):
-            values, _ = ablations.fjlt_projection(seed, r, n, density)
-            lengths.append(float((values @ x).square().sum()))
-        mean, variance = reference.mean_and_variance(lengths)
-        assert abs(mean - density / r) < 4 * (variance / len(lengths)) ** 0.5
-
-
 def test_fjlt_reloads_from_its_seed(tmp_path: Path) -> None:
     model = transformer(projection_init="fjlt")
     expected = logits(model)

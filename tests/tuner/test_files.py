@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from flylora import FlyLoraConfig, UserError, functional
+from flylora import FlyLoraConfig, UserError
+from flylora.projection import NonZeros, densify, derive_seed, draw_nonzeros, fingerprint
 from tiny_models import assert_same, bert, config, gpt2, layers, llama, mlp, randomize, seeded, snapshot, t5, tokens
 
 TARGETS = ["q_proj", "v_proj"]
@@ -88,10 +89,10 @@ def test_seed_and_fingerprint_are_enough_to_make_a_again(tmp_path: Path) -> None
     for layer in layers(model):
         prefix = f"base_model.model.{layer.module_name}.flylora_"
         seed = int(state[prefix + "seed"])
-        assert seed == functional.derive_seed(4, layer.module_name)
-        made = functional.sparse_projection(seed, 8, layer.in_features, 8)
-        assert bytes(state[prefix + "fingerprint"][0].tolist()) == functional.fingerprint(made, layer.in_features)
-        assert torch.equal(functional.densify(made, layer.in_features), layer.flylora_A["default"])
+        assert seed == derive_seed(4, layer.module_name)
+        made = draw_nonzeros(seed, 8, layer.in_features, 8)
+        assert bytes(state[prefix + "fingerprint"][0].tolist()) == fingerprint(made, layer.in_features)
+        assert torch.equal(densify(made, layer.in_features), layer.flylora_A["default"])
 
 
 def test_a_stored_projection_is_two_more_tensors(tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_a_stored_projection_is_two_more_tensors(tmp_path: Path) -> None:
         values, columns = state[prefix + "values"], state[prefix + "columns"]
         assert (values.dtype, columns.dtype) == (torch.float32, torch.int32)
         assert values.shape == columns.shape == (8, 8)  # sparse: a quarter of the 32 columns
-        dense = functional.densify(functional.SparseProjection(values, columns), layer.in_features)
+        dense = densify(NonZeros(values, columns), layer.in_features)
         assert torch.equal(dense, layer.flylora_A["default"])
 
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flylora import FlyLoraLinear, UserError, functional
 from flylora.kernels import cpu as native
-from flylora.tuner.layer import canonical_name
+from flylora.projection import canonical_name, densify, derive_seed, draw_nonzeros
 from reference import flylora as reference
 from tiny_models import (
     assert_same,
@@ -434,8 +434,8 @@ def test_a_depends_on_seed_and_name_and_nothing_else() -> None:
     assert set(few) < set(many)
     assert all(torch.equal(few[name], many[name]) for name in few)
     for name, dense in few.items():
-        seed = functional.derive_seed(0, name)
-        assert torch.equal(dense, functional.densify(functional.sparse_projection(seed, 8, 32, 8), 32))
+        seed = derive_seed(0, name)
+        assert torch.equal(dense, densify(draw_nonzeros(seed, 8, 32, 8), 32))
     other = projections(["v_proj"], seed=1)
     assert not any(torch.equal(few[name], other[name]) for name in few)
     first, second = few.values()

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from flylora.adapter_folder import KEY_PREFIX, WEIGHTS_FILE, SavedAdapter, TensorFile, save_config
 from flylora.export.factors import LinearFactors
 from flylora.export.moments import adapted_modules, base_layer
-from flylora.tuner.layer import canonical_name
+from flylora.projection import canonical_name
 
 
 def write_lora(folder: Path, adapter: SavedAdapter, factors: Sequence[LinearFactors], model: nn.Module) -> None:

@@ -17,8 +17,8 @@ from flylora.adapter_folder import ModuleFactors, SavedAdapter
 from flylora.errors import UserError
 from flylora.export.linear import Moments
 from flylora.lab.data import CompletionCollator, Encoded
+from flylora.projection import canonical_name
 from flylora.records import progress
-from flylora.tuner.layer import canonical_name
 
 
 def gather_moments(

@@ -32,8 +32,8 @@ from flylora.merging.config import CalibrateConfig, Tokens
 from flylora.merging.engine import MergeSpec, merge_to
 from flylora.merging.layout import Codes, Layout, check_compatible, codes, plan
 from flylora.models import LoadedModel, load_base
+from flylora.projection import canonical_name
 from flylora.records import progress, provenance, saving
-from flylora.tuner.layer import canonical_name
 
 FORMAT_VERSION = 1
 

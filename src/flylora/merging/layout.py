@@ -15,11 +15,12 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from flylora import functional
+from flylora import functional, projection
 from flylora.adapter_folder import KIND_NAMES, Kind, ModuleFactors, SavedAdapter
 from flylora.errors import UserError
-from flylora.functional import Block, SparseProjection
+from flylora.functional import Block
 from flylora.lab.baselines.split_lora import SplitLoraConfig
+from flylora.projection import NonZeros as SparseProjection
 from flylora.tuner.config import BlockConfig, FlyLoraConfig
 from flylora.tuner.layer import generate_block
 
@@ -277,13 +278,13 @@ def merged_identity(layout: Layout, local: ModuleLayout, hint: int | None = None
             steps.append(_mean_steps(present, block.balance_rate))
         else:
             n = layout.in_features(local.name, hint)
-            seeds.append(functional.derive_seed(block.projection_seed, local.name))
-            fingerprints.append(functional.fingerprint(generate_block(seeds[-1], block, n), n))
+            seeds.append(projection.derive_seed(block.projection_seed, local.name))
+            fingerprints.append(projection.fingerprint(generate_block(seeds[-1], block, n), n))
             steps.append(torch.zeros(rank, dtype=torch.int32))
         blocks.append(block)
     kept = None
     if stored:
-        kept = functional.sparsify(merged_down(layout, local, hint))
+        kept = projection.sparsify(merged_down(layout, local, hint))
     return MergedIdentity(tuple(blocks), tuple(seeds), tuple(fingerprints), torch.cat(steps), kept)
 
 
@@ -304,14 +305,14 @@ def merged_down(layout: Layout, local: ModuleLayout, hint: int | None = None) ->
         present = [(local.factors[t], t, j) for t, j in slot.sources if t in local.factors]
         if not present:
             assert slot.block is not None
-            seed = functional.derive_seed(slot.block.projection_seed, local.name)
-            parts.append(functional.densify(generate_block(seed, replace(slot.block, r=rank), n), n))
+            seed = projection.derive_seed(slot.block.projection_seed, local.name)
+            parts.append(projection.densify(generate_block(seed, replace(slot.block, r=rank), n), n))
             continue
         factors, t, j = present[0]
         if layout.kind != "flylora":
             parts.append(layout.adapters[t].factors(local.name).down())
         else:
-            parts.append(functional.densify(factors.block_projections(n)[j], n))
+            parts.append(projection.densify(factors.block_projections(n)[j], n))
     return torch.cat(parts)
 
 

@@ -5,7 +5,6 @@ The default method uses nothing of this. Symbols as in `flylora.functional`.
 
 from __future__ import annotations
 
-import math
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from flylora import functional
-from flylora.functional import Block, SparseProjection
+from flylora.functional import Block
 from flylora.tuner.optimizer_steps import after_optimizer_steps, positions
 
 if TYPE_CHECKING:
@@ -40,39 +39,6 @@ def ablation_of(config: FlyLoraConfig) -> Ablation | None:
     coefficient = config.balance_coefficient if config.balance == "aux_loss" else None
     trained = config.projection_training != "frozen"
     return Ablation(coefficient, trained, config.projection_steps) if trained or coefficient is not None else None
-
-
-# --- the fast Johnson-Lindenstrauss transform (Table 15) --------------------------------------------------------------
-
-
-def hadamard_transform(rows: Tensor) -> Tensor:
-    """rows H with H the orthonormal Walsh-Hadamard matrix: (r, n) -> (r, n), n a power of two, in O(r n log n)."""
-    r, n = rows.shape
-    width = 1
-    while width < n:
-        pairs = rows.reshape(r, -1, 2, width)
-        first, second = pairs[:, :, 0], pairs[:, :, 1]
-        rows = torch.stack((first + second, first - second), dim=2).reshape(r, n)
-        width *= 2
-    return rows / math.sqrt(n)
-
-
-def fjlt_projection(seed: int, r: int, in_features: int, density: float) -> SparseProjection:
-    """A = P H D (Ailon and Chazelle, 2006): sparse Gaussian P, Walsh-Hadamard H, random signs D on the diagonal.
-
-    P has FlyLoRA's own rows, of the given density; H and D spread an input that has few large entries. Inputs whose
-    number is no power of two are padded with zeros, so A is the first n columns. A is dense, on the bfloat16 grid.
-
-    Returns:
-        values (r, n) float32 and columns (r, n) int32.
-    """
-    width = 1 << (in_features - 1).bit_length()
-    sparse = functional.sparse_projection(seed, r, width, functional.nonzeros_per_row(width, density))
-    dense = hadamard_transform(functional.densify(sparse, width).double())[:, :in_features]
-    generator = torch.Generator(device="cpu").manual_seed(functional.derive_seed(seed, "signs"))
-    draws = torch.rand(in_features, dtype=torch.float64, generator=generator, device="cpu")
-    dense = torch.where(draws < 0.5, -dense, dense)
-    return functional.sparsify(dense.to(torch.bfloat16).float())
 
 
 # --- the auxiliary balancing loss (Table 13) --------------------------------------------------------------------------

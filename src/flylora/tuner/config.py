@@ -10,11 +10,11 @@ from peft.config import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from flylora.errors import UserError
-from flylora.functional import Selection, nonzeros_per_row
+from flylora.functional import Selection
+from flylora.projection import ProjectionInit, nonzeros_per_row
 from flylora.tuner.registration import FLYLORA
 
 Balance = Literal["loss_free", "aux_loss", "none"]
-ProjectionInit = Literal["gaussian", "rademacher", "fjlt"]
 ProjectionTraining = Literal["frozen", "two_phase", "trained"]
 
 FORMAT_VERSION = 1

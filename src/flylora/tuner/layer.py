@@ -18,24 +18,14 @@ from transformers.pytorch_utils import Conv1D
 
 from flylora import functional
 from flylora.errors import UserError
-from flylora.functional import Block, SparseProjection
+from flylora.functional import Block
 from flylora.kernels import cpu as native
+from flylora.projection import NonZeros as SparseProjection
+from flylora.projection import Projection, canonical_name, densify, derive_seed, fingerprint, sparsify
 from flylora.tuner import ablations, balance
 from flylora.tuner.ablations import Ablation
 from flylora.tuner.config import BlockConfig, FlyLoraConfig
 from flylora.tuner.weights import merge_updates, shifted_weight
-
-# Names that wrappers put into a module's path; A's seed must not depend on them.
-WRAPPER_NAMES = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-WRAPPER_PREFIXES = ("base_model.model.", "module.")
-
-
-def canonical_name(module_name: str) -> str:
-    """The module's name without what torch.compile, FSDP, checkpointing, DDP and PEFT put around it."""
-    name = ".".join(part for part in module_name.split(".") if part not in WRAPPER_NAMES)
-    for prefix in WRAPPER_PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
 
 
 @dataclass
@@ -172,7 +162,7 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         """Add an adapter: B = 0, d = 0, A from (projection_seed, this module's name)."""
         blocks = tuple(config.blocks_at(self.module_name))
         ranks = sum(block.r for block in blocks)
-        seeds = tuple(functional.derive_seed(block.projection_seed, self.module_name) for block in blocks)
+        seeds = tuple(derive_seed(block.projection_seed, self.module_name) for block in blocks)
         self.block_configs[adapter_name] = blocks
         self.routing[adapter_name] = tuple(Block(block.r, block.k, block.selection) for block in blocks)
         self.scaling[adapter_name] = self.base_scaling[adapter_name] = config.scaling_at(self.module_name)
@@ -224,7 +214,7 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
             generate_block(seed, block, self.in_features)
             for seed, block in zip(state.seeds, self.block_configs[adapter_name], strict=True)
         ]
-        digests = tuple(functional.fingerprint(part, self.in_features) for part in parts)
+        digests = tuple(fingerprint(part, self.in_features) for part in parts)
         if state.digests is not None and digests != state.digests:
             raise UserError(_MISMATCH.format(name=self.module_name))
         self._keep(adapter_name, state.seeds, digests, parts, restored=False)
@@ -240,7 +230,7 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         if adapter_name not in self.flylora_trained_A:
             with torch.inference_mode(False):
-                self.flylora_A[adapter_name] = torch.cat([functional.densify(part, self.in_features) for part in parts])
+                self.flylora_A[adapter_name] = torch.cat([densify(part, self.in_features) for part in parts])
         self.projection_state[adapter_name] = ProjectionState(seeds, digests, restored)
         # Random selection follows the seed in use, too, which a file may have brought.
         self.routing[adapter_name] = tuple(
@@ -300,7 +290,7 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
                 generate_block(seed, block, self.in_features)
                 for seed, block in zip(seeds, self.block_configs[adapter_name], strict=True)
             ]
-            found = tuple(functional.fingerprint(part, self.in_features) for part in parts)
+            found = tuple(fingerprint(part, self.in_features) for part in parts)
         else:
             inside = (stored.columns >= 0) & (stored.columns < self.in_features)
             if stored.columns.numel() == 0 or not inside.all():
@@ -313,7 +303,7 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
                 SparseProjection(values, columns)
                 for values, columns in zip(stored.values.split(ranks), stored.columns.split(ranks), strict=True)
             ]
-            found = self._digests(adapter_name, functional.densify(stored, self.in_features))
+            found = self._digests(adapter_name, densify(stored, self.in_features))
         if found != digests:
             raise UserError(_MISMATCH.format(name=self.module_name))
         return partial(self._keep, adapter_name, seeds, digests, parts, restored=stored is not None)
@@ -321,7 +311,7 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
     def _digests(self, adapter_name: str, dense: Tensor) -> tuple[bytes, ...]:
         """The fingerprints of the blocks of a dense A, in whatever way it was made."""
         parts = dense.detach().cpu().split([block.r for block in self.block_configs[adapter_name]])
-        return tuple(functional.fingerprint(functional.sparsify(part), self.in_features) for part in parts)
+        return tuple(fingerprint(sparsify(part), self.in_features) for part in parts)
 
     def identity_for_saving(
         self, adapter_name: str, save_projection: bool
@@ -335,7 +325,7 @@ class FlyLoraLinear(nn.Module, BaseTunerLayer):
         state = self.projection_state[adapter_name]
         digests = self._digests(adapter_name, dense)
         if save_projection:
-            return ProjectionState(state.seeds, digests), functional.sparsify(dense.detach().cpu())
+            return ProjectionState(state.seeds, digests), sparsify(dense.detach().cpu())
         if state.restored or digests != state.digests:
             raise UserError(
                 f"The projection of {self.module_name} is not the one its seed gives, so the seed alone cannot restore "
@@ -550,9 +540,8 @@ def _after_load(layer: FlyLoraLinear, incompatible_keys: Any) -> None:
 
 def generate_block(seed: int, block: BlockConfig, in_features: int) -> SparseProjection:
     """One block's A from the layer's own seed."""
-    if block.projection_init == "fjlt":
-        return ablations.fjlt_projection(seed, block.r, in_features, block.density)
-    return functional.sparse_projection(seed, block.r, in_features, block.nonzeros(in_features), block.projection_init)
+    part = Projection.draw(seed, block.r, in_features, block.density, block.projection_init)
+    return part.nonzeros
 
 
 def identity_tensors(state: ProjectionState) -> tuple[Tensor, Tensor]:

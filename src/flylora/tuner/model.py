@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from flylora.errors import UserError
-from flylora.functional import SparseProjection, densify
+from flylora.projection import WRAPPER_NAMES, densify
+from flylora.projection import NonZeros as SparseProjection
 from flylora.tuner.ablations import LossScaleHook
 from flylora.tuner.config import FlyLoraConfig
 from flylora.tuner.layer import (
     ROUTED_MERGE,
-    WRAPPER_NAMES,
     FlyLoraLinear,
     RoutingContext,
     identity_tensors,
