@@ -1,0 +1,63 @@
+"""Checks that need an environment of their own. ``nox --list`` shows them; docs/compatibility.md has the results.
+
+On Linux, torch from PyPI brings CUDA; where a machine has a CPU build of that version at hand, pip takes it.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["versions"]
+nox.options.reuse_existing_virtualenvs = True
+
+VERSIONS = {
+    "lowest": ["torch==2.13.0", "transformers==5.4.0", "peft==0.21.0", "accelerate==1.10.0"],
+    "newest": ["torch==2.13.0", "transformers==5.24.0", "peft==0.21.2", "accelerate==1.15.0"],
+}
+# What runs without the extra `lab`.
+LIBRARY_TESTS = [
+    "tests/tuner",
+    "tests/test_functional.py",
+]
+TEST_TOOLS = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+@nox.session
+@nox.parametrize("versions", [nox.param(name, id=name) for name in VERSIONS])
+def versions(session: nox.Session, versions: str) -> None:
+    """The library's tests on the lowest and the newest versions, without the laboratory."""
+    session.install(*VERSIONS[versions], ".", *TEST_TOOLS)
+    session.run("python", "-m", "pip", "check")
+    session.run("python", "-m", "pytest", "-q", *(session.posargs or LIBRARY_TESTS), env=ONE_THREAD)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """The wheel alone, without the laboratory: help, a merge, and sentences that name the missing extra."""
+    session.install("build")
+    dist = Path(session.create_tmp()) / "dist"
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(dist))
+    session.run("python", "-m", "pip", "uninstall", "--yes", "flylora")
+    session.install("torch==2.13.0", *map(str, dist.glob("*.whl")))
+    script = Path("tests/wheel_without_lab.py").resolve()
+    session.chdir(session.create_tmp())
+    session.run("flylora", "--help")
+    session.run("python", "-I", str(script))
+
+
+@nox.session
+def sdist(session: nox.Session) -> None:
+    """The source distribution, unpacked somewhere else: its own tests pass."""
+    session.install("build")
+    folder = Path(session.create_tmp()).resolve()
+    session.run("python", "-m", "build", "--sdist", "--outdir", str(folder / "dist"))
+    with tarfile.open(next((folder / "dist").glob("*.tar.gz"))) as archive:
+        archive.extractall(folder, filter="data")
+        root = folder / archive.getnames()[0].split("/")[0]
+    session.install("--constraint", str(root / "constraints.txt"), f"{root}[dev]")
+    session.chdir(root)
+    session.run("python", "-m", "pytest", "-q", "-n", "2", *session.posargs, env=ONE_THREAD)
