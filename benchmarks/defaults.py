@@ -22,9 +22,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import get_linear_schedule_with_warmup
 
 from flylora import FlyLoraConfig, FlyLoraLinear
-from flylora.lab.data import CompletionCollator, Encoded, encode_all
+from flylora.lab.data import encode_all
 from flylora.lab.tasks import load_task
 from flylora.models import load_model
+from flylora.texts import CompletionCollator, Encoded
 
 
 def answer_loss(model: Any, items: list[Encoded], batch_size: int = 16) -> float:

@@ -11,7 +11,7 @@ from torch.nn.functional import kl_div
 from conftest import make_model
 from flylora.errors import UserError
 from flylora.export.gap import MAX_TOKENS, GapMeter
-from flylora.lab.data import IGNORED, Encoded
+from flylora.texts import IGNORED, Encoded
 
 ROWS = [Encoded(list(range(10, 10 + n)), [IGNORED] * (n - 2) + [10 + n - 2, 10 + n - 1]) for n in (5, 17, 9, 12)]
 

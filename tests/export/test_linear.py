@@ -12,7 +12,6 @@ from flylora.errors import UserError
 from flylora.export.linear import (
     Moments,
     calibrated_codes,
-    cut_to_rank,
     gaussian_scales,
     least_squares_scales,
     regressed_down,
@@ -118,29 +117,6 @@ def test_squared_error_is_that_of_the_tokens(layer: Layer) -> None:
     moments = layer.moments
     found = squared_error(layer.up, moments.zz, moments.zy @ codes.t(), codes @ moments.yy @ codes.t())
     assert found == pytest.approx(layer.error(codes @ layer.down), rel=1e-9)
-
-
-@pytest.mark.parametrize("rank", [1, 3, 8, 9])
-def test_the_cut_is_the_best_approximation_in_frobenius_norm(layer: Layer, rank: int) -> None:
-    up, down, error = cut_to_rank(layer.up, layer.down, rank)
-    assert up.shape == (OUTPUTS, min(rank, OUTPUTS))
-    whole = (layer.up @ layer.down).numpy()
-    u, s, vt = np.linalg.svd(whole)
-    best = u[:, :rank] * s[:rank] @ vt[:rank]
-    np.testing.assert_allclose((up @ down).numpy(), best, atol=1e-9)
-    assert error == pytest.approx((s[rank:] ** 2).sum() / (s**2).sum(), abs=1e-12)
-
-
-@pytest.mark.parametrize("rank", [1, 4, 8])
-def test_the_cut_is_the_best_approximation_on_the_tokens(layer: Layer, rank: int) -> None:
-    up, down, error = cut_to_rank(layer.up, layer.down, rank, layer.moments.yy)
-    outputs = (layer.y @ layer.up.t()).numpy()
-    u, s, vt = np.linalg.svd(outputs, full_matrices=False)
-    np.testing.assert_allclose((layer.x @ down.t() @ up.t()).numpy(), u[:, :rank] * s[:rank] @ vt[:rank], atol=1e-7)
-    assert error == pytest.approx((s[rank:] ** 2).sum() / (s**2).sum(), abs=1e-9)
-    plain_up, plain_down, _ = cut_to_rank(layer.up, layer.down, rank)
-    off = outputs - (layer.x @ plain_down.t() @ plain_up.t()).numpy()
-    assert (s[rank:] ** 2).sum() < (off**2).sum()
 
 
 def test_a_singular_gram_matrix_needs_a_ridge() -> None:

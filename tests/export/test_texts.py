@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flylora.errors import UserError
 from flylora.export.texts import read_texts
-from flylora.lab.data import IGNORED
+from flylora.texts import IGNORED
 
 
 def shown(tokenizer: PreTrainedTokenizerFast, rows: list) -> list[str]:
@@ -43,7 +43,7 @@ def test_a_file_is_split_into_two_parts(prose: Path, tokenizer: PreTrainedTokeni
     assert (len(texts.fit), len(texts.held_out)) == (32, 8)
     lines = prose.read_text(encoding="utf-8").split("\n")[:40]
     assert sorted(shown(tokenizer, texts.fit) + shown(tokenizer, texts.held_out)) == sorted(lines)
-    assert all(label == IGNORED for row in texts.fit for label in row.labels)
+    assert all(row.labels == row.input_ids for row in texts.fit)  # all tokens count
     again = read_texts(str(prose), tokenizer, fit=128, held_out=64)
     assert again.fit == texts.fit
     assert read_texts(str(prose), tokenizer, fit=128, held_out=64, seed=1).fit != texts.fit

@@ -13,20 +13,17 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import make_model, make_tokenizer
 from flylora.errors import UserError
-from flylora.lab.data import (
+from flylora.lab.data import encode, encode_all, render_preview, sorted_micro_batches
+from flylora.lab.tasks import Example, Task
+from flylora.texts import (
     IGNORED,
     CompletionCollator,
     Encoded,
-    encode,
-    encode_all,
     encode_completion,
     encode_prompt,
     end_token_id,
     fit_prompt,
-    render_preview,
-    sorted_micro_batches,
 )
-from flylora.lab.tasks import Example, Task
 
 EXAMPLE = Example("e", "What is it?\n", " It is é.", "é")
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from conftest import make_model
 from flylora import UserError, functional
 from flylora.adapter_folder import SavedAdapter, read_adapter
-from flylora.lab.data import IGNORED, Encoded
 from flylora.lab.evaluation.retention import ItemLosses, retention
 from flylora.lab.tasks import Example, Task
 from flylora.merging import CalibrateConfig, MergeConfig, calibrate, merge_adapters
@@ -26,6 +25,7 @@ from flylora.merging.calibration import GramTable, _texts, gather, read_statisti
 from flylora.merging.engine import MergeSpec, merge_to
 from flylora.merging.layout import plan
 from flylora.merging.merge import TABLE_NAME
+from flylora.texts import IGNORED, Encoded
 from reference import merging as reference
 from saved_adapters import Save, fly, lora
 

@@ -229,37 +229,3 @@ def test_the_linear_share_is_the_best_scale_for_gaussian_codes(selection: str) -
 
 def test_a_linear_block_needs_no_scale() -> None:
     assert methods.linear_share(Block(8, 8)) == methods.linear_share(Block(8, 2, "all")) == 1.0
-
-
-# --- rank limits
-
-
-def test_cut_factors_is_the_best_approximation() -> None:
-    up, down = draw(0, 30, 9, dtype=torch.float64), draw(1, 9, 25, dtype=torch.float64)
-    left, right, error = methods.cut_factors(up, down, 4)
-    singular = np.linalg.svd((up @ down).numpy(), compute_uv=False)
-    assert left.shape == (30, 4)
-    assert right.shape == (4, 25)
-    assert float((left @ right - up @ down).norm()) == pytest.approx(math.sqrt((singular[4:] ** 2).sum()))
-    assert error == pytest.approx(math.sqrt((singular[4:] ** 2).sum() / (singular**2).sum()))
-
-
-@pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize("shape", [(60, 50), (200, 120), (90, 300)])
-def test_cut_matrix_is_nearly_the_best_and_reports_its_error(shape: tuple[int, int], known: bool) -> None:
-    parts = [Update(draw(t, shape[0], 8), draw(9 + t, 8, shape[1]), t) for t in range(3)]
-    matrix = methods.sparsified_sum(parts, [1.0] * 3, 0.2, "magnitude", elect_sign=True)
-    start = torch.cat([part.down.T for part in parts if part.down is not None], dim=1) if known else None
-    up, down, error = methods.cut_matrix(matrix, 16, seed=0, start=start)
-    singular = np.linalg.svd(matrix.numpy(), compute_uv=False)
-    best = math.sqrt((singular[16:] ** 2).sum() / (singular**2).sum())
-    measured = float((matrix - up @ down).norm() / matrix.norm())
-    assert measured == pytest.approx(error, abs=1e-3)
-    assert best - 1e-4 <= measured <= 1.01 * best
-
-
-def test_cutting_uses_no_global_random_numbers() -> None:
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    methods.cut_matrix(draw(0, 200, 150), 8, seed=1)
-    assert torch.equal(torch.get_rng_state(), before)

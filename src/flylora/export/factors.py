@@ -13,12 +13,12 @@ from flylora.export.config import Method
 from flylora.export.linear import (
     Moments,
     calibrated_codes,
-    cut_to_rank,
     gaussian_scales,
     least_squares_scales,
     regressed_down,
     squared_error,
 )
+from flylora.least_squares import cut_rank
 
 RIDGES = {"calibrated": 1e-3, "regression": 1e-1}
 """The ridge of each method where none is given; measured, see docs/export.md."""
@@ -90,7 +90,7 @@ def linear_factors(
     if not factors.is_linear:
         down, gram, errors = _fitted(factors, up, down, method, ridge, moments)
     if rank is not None and rank < factors.rank:
-        up, down, errors["cut"] = cut_to_rank(up, down, rank, gram)
+        up, down, errors["cut"] = cut_rank(up, down, rank, gram)
     return LinearFactors(factors.name, up.float(), down.float(), errors)
 
 

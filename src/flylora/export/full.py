@@ -11,10 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from flylora.activations import modules_by_name
 from flylora.errors import UserError
 from flylora.export.config import SaveDType
 from flylora.export.factors import LinearFactors
-from flylora.export.moments import adapted_modules
 from flylora.models import first_line
 from flylora.records import progress, saving
 
@@ -29,7 +29,7 @@ def add_updates(model: nn.Module, factors: Sequence[LinearFactors], quiet: bool 
     Raises:
         UserError: a weight is quantized, shared with another module, or of another shape; nothing has changed then.
     """
-    modules = adapted_modules(model, [found.name for found in factors])
+    modules = modules_by_name(model, [found.name for found in factors])
     holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for found in factors:
         _check(found, modules[found.name], holders)

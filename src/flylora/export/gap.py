@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from flylora.errors import UserError
-from flylora.export.moments import batches
-from flylora.lab.data import IGNORED, Encoded
+from flylora.records import progress
+from flylora.texts import IGNORED, Encoded, batches
 
 MAX_TOKENS = 2048
 """Held-out tokens at most: the adapter's predictions are kept on disk, 4 bytes for each token and vocabulary entry."""
@@ -90,12 +90,17 @@ class GapMeter:
     @torch.no_grad()
     def _predictions(self, model: nn.Module, what: str) -> Iterator[tuple[Tensor, Tensor]]:
         """For each text its log-probabilities (tokens, vocabulary) float32, and which predict an answer's token."""
-        for batch in batches(model, self.rows, self.batch_size, what, self.quiet):
-            labels = batch.pop("labels")
-            logits = model(**batch, use_cache=False).logits
-            for row, real, label in zip(logits, batch["attention_mask"].bool(), labels, strict=True):
-                following = torch.cat([label[1:], label.new_full((1,), IGNORED)])
-                yield row[real].float().log_softmax(dim=1), (following != IGNORED)[real]
+        device = next(model.parameters()).device
+        with progress(what, len(self.rows), self.quiet) as advance:
+            for chosen, batch in batches(self.rows, self.batch_size, device):
+                labels = batch.pop("labels")
+                logits = model(**batch, use_cache=False).logits
+                for row, real, label in zip(logits, batch["attention_mask"].bool(), labels, strict=True):
+                    following = torch.cat([label[1:], label.new_full((1,), IGNORED)])
+                    # A text that is all answer is plain text.
+                    is_answer = (following != IGNORED) & (label[real] == IGNORED).any()
+                    yield row[real].float().log_softmax(dim=1), is_answer[real]
+                advance(len(chosen))
 
 
 def _limited(rows: Sequence[Encoded], most: int) -> Iterator[Encoded]:

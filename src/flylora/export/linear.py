@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flylora.errors import UserError
+from flylora.activations import wide
 from flylora.functional import Block
-from flylora.merging.methods import balance_factors, linear_share
+from flylora.least_squares import solve_ridge
+from flylora.merging.methods import linear_share
 
 
 @dataclass
@@ -43,20 +44,15 @@ class Moments:
 
     def add(self, x: Tensor, y: Tensor, z: Tensor) -> None:
         """Count tokens in: x (N, n), y and z (N, R)."""
-        y, z = _wide(y), _wide(z)
+        y, z = wide(y), wide(z)
         self.tokens += len(y)
         self.zz += (z.t() @ z).cpu()
         self.zy += (z.t() @ y).cpu()
         self.yy += (y.t() @ y).cpu()
         if self.zx is not None and self.xx is not None:
-            x = _wide(x)
+            x = wide(x)
             self.zx += (z.t() @ x).cpu()
             self.xx += (x.t() @ x).cpu()
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    # Apple's GPUs know no float64.
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def gaussian_scales(routing: Sequence[Block]) -> Tensor:
@@ -94,7 +90,7 @@ def calibrated_codes(moments: Moments, prior: Tensor, ridge: float) -> Tensor:
     Raises:
         UserError: the ridge is 0 and the projections do not span all R directions.
     """
-    return _ridge_regression(moments.zy, moments.yy, torch.diag(prior), ridge)
+    return solve_ridge(moments.zy, moments.yy, torch.diag(prior), ridge)
 
 
 def regressed_down(moments: Moments, prior: Tensor, ridge: float) -> Tensor:
@@ -115,24 +111,7 @@ def regressed_down(moments: Moments, prior: Tensor, ridge: float) -> Tensor:
     """
     assert moments.zx is not None
     assert moments.xx is not None
-    return _ridge_regression(moments.zx, moments.xx, prior.double(), ridge)
-
-
-def _ridge_regression(crossed: Tensor, gram: Tensor, prior: Tensor, ridge: float) -> Tensor:
-    """(crossed + lambda prior) (gram + lambda I)^-1 with lambda = ridge x the mean diagonal of gram."""
-    energy = float(gram.diagonal().mean())
-    if energy == 0.0:  # no token, or only zeros, reached the module: the prior alone speaks
-        return prior
-    penalty = ridge * energy
-    factor, failed = torch.linalg.cholesky_ex(gram + penalty * torch.eye(len(gram), dtype=gram.dtype))
-    # Rounding lets a singular matrix pass with a vanishing pivot.
-    pivots = factor.diagonal()
-    if int(failed) or float(pivots.min()) < 1e-7 * float(pivots.max()):
-        raise UserError(
-            "The calibration text does not span all directions of a module, so without a ridge there is no single "
-            "solution: set ridge above 0 (e.g. 1e-3), or give more text."
-        )
-    return torch.cholesky_solve((crossed + penalty * prior).t(), factor).t()
+    return solve_ridge(moments.zx, moments.xx, prior, ridge)
 
 
 def squared_error(up: Tensor, zz: Tensor, crossed: Tensor, gram: Tensor) -> float:
@@ -144,34 +123,3 @@ def squared_error(up: Tensor, zz: Tensor, crossed: Tensor, gram: Tensor) -> floa
     weight = up.double().t() @ up.double()
     total = float((weight * zz).sum())
     return float((weight * (zz - crossed - crossed.t() + gram)).sum()) / total if total else 0.0
-
-
-def cut_to_rank(up: Tensor, down: Tensor, rank: int, codes_gram: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
-    """The best factors of ``up @ down`` with at most ``rank`` ranks, through QR and an SVD of size (R, R).
-
-    Args:
-        up: U, (m, R). down: D, (R, n).
-        rank: at most this many.
-        codes_gram: sum of (D x)(D x)^T over tokens, (R, R) float64: the error is then E ||(U D - U' D') x||^2. Without
-            it the error is ||U D - U' D'||_F^2.
-
-    Returns:
-        U' (m, q), D' (q, n) in float64, q = min(rank, R), and the relative error (a share of the squared norm).
-    """
-    up, down = up.double(), down.double()
-    basis, core = torch.linalg.qr(up)
-    if codes_gram is None:
-        root = torch.linalg.qr(down.t()).R.t()
-    else:
-        values, vectors = torch.linalg.eigh(codes_gram)
-        root = vectors * values.clamp_min(0).sqrt()
-    directions, singular, _ = torch.linalg.svd(core @ root, full_matrices=False)
-    energy = singular.square()
-    total = float(energy.sum())
-    error = float(energy[rank:].sum()) / total if total else 0.0
-    kept = directions[:, :rank]
-    # The projection of the outputs onto their leading directions: no inverse, so a singular Gram matrix does no harm.
-    cut_up, cut_down = basis @ kept, kept.t() @ core @ down
-    norms = cut_down.norm(dim=1)
-    balanced = balance_factors(cut_up, norms, cut_down / norms.clamp_min(torch.finfo(norms.dtype).tiny).unsqueeze(1))
-    return (*balanced, error)

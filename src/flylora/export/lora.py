@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
+from flylora.activations import base_layer, modules_by_name
 from flylora.adapter_folder import KEY_PREFIX, WEIGHTS_FILE, SavedAdapter, TensorFile, save_config
 from flylora.export.factors import LinearFactors
-from flylora.export.moments import adapted_modules, base_layer
 from flylora.projection import canonical_name
 
 
@@ -42,7 +42,7 @@ def write_lora(folder: Path, adapter: SavedAdapter, factors: Sequence[LinearFact
 
 def lora_config(adapter: SavedAdapter, rank: int, model: nn.Module) -> LoraConfig:
     """The config of the exported LoRA: the adapter's base model and task type, its modules, scaling 1."""
-    modules = adapted_modules(model, adapter.modules)
+    modules = modules_by_name(model, adapter.modules)
     kinds = {isinstance(base_layer(module), Conv1D) for module in modules.values()}
     return LoraConfig(
         base_model_name_or_path=adapter.base_model,

@@ -13,6 +13,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from flylora.activations import features, modules_by_name
 from flylora.adapted import adapted, trained_on_other_weights
 from flylora.adapter_folder import SavedAdapter, read_adapter
 from flylora.errors import UserError
@@ -21,10 +22,9 @@ from flylora.export.factors import LinearFactors, check_method, linear_factors
 from flylora.export.full import add_updates, write_full
 from flylora.export.gap import Gap, GapMeter
 from flylora.export.lora import write_lora
-from flylora.export.moments import adapted_modules, features, gather_moments, parts
+from flylora.export.moments import gather_moments, parts
 from flylora.export.record import RECORD_NAME, ExportRecord
 from flylora.export.texts import Texts, read_texts
-from flylora.lab.data import Encoded
 from flylora.lab.evaluation.config import EvalConfig
 from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.evaluation.retention import ItemLosses, retention
@@ -35,6 +35,7 @@ from flylora.lab.training.record import RECORD_NAME as TRAIN_RECORD
 from flylora.lab.training.record import TrainRecord
 from flylora.models import LoadedModel, load_base, load_model
 from flylora.records import file_sha256, new_folder, now, provenance, read_record, refuse_existing, write_record
+from flylora.texts import Encoded
 
 NOT_MEASURED = (
     "The gap between adapter and export was not measured, because there was no text: name a task or a text file with "
@@ -183,7 +184,7 @@ def _fit(work: _Export, model: PeftModel) -> list[LinearFactors]:
         moments = {}
         if config.calibrate and needs_text:
             moments = gather_moments(model, adapter, names, rows, config.batch_size, inputs=inputs)
-        for name, module in adapted_modules(model, names).items():
+        for name, module in modules_by_name(model, names).items():
             factors = adapter.with_in_features(adapter.factors(name), features(module)[0])
             found.append(linear_factors(factors, config.method, config.ridge, config.rank, moments.pop(name, None)))
     return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +10,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from flylora.errors import UserError
-from flylora.lab.data import IGNORED, Encoded, encode, encode_all, encode_prompt
+from flylora.lab.data import encode_all
 from flylora.lab.tasks import Example, Task, load_task
 from flylora.records import file_sha256
-
-_FILES = (".txt", ".jsonl")
-_HELD_OUT_SHARE = 5
-"""Of a file, one text in so many is held out at least."""
+from flylora.texts import TEXT_FILES, Encoded, encode_texts, hold_out, read_text_file
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ def read_texts(
     Raises:
         UserError: there is no such source, or nothing readable in it.
     """
-    if Path(source).suffix in _FILES:
+    if Path(source).suffix in TEXT_FILES:
         return _from_file(Path(source), tokenizer, fit, held_out, max_length, seed)
     return _from_task(source, load_task(source, data_dir), tokenizer, fit, held_out)
 
@@ -100,45 +95,8 @@ def _encoded(task: Task, examples: Sequence[Example], tokenizer: PreTrainedToken
 def _from_file(
     path: Path, tokenizer: PreTrainedTokenizerBase, fit: int, held_out: int, max_length: int, seed: int
 ) -> Texts:
-    if not path.is_file():
-        raise UserError(f"There is no text file {path}: check the path.")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text ({error}): give a .txt or .jsonl file.") from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    read = _json_row if path.suffix == ".jsonl" else _plain_row
-    rows = [row for number, line in numbered if (row := read(path, number, line, tokenizer, max_length)).input_ids]
+    rows = encode_texts(read_text_file(path), tokenizer, max_length)
     if not rows:
         raise UserError(f"{path} holds no text: give a file with one text a line.")
-    random.Random(seed).shuffle(rows)
-    held = min(held_out, len(rows) // _HELD_OUT_SHARE or len(rows) // 2) if fit else min(held_out, len(rows))
-    hashes = {str(path): file_sha256(path)}
-    return Texts(str(path), rows[held : held + fit], rows[:held], "lines", "other lines", hashes)
-
-
-def _plain_row(path: Path, number: int, line: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    ids = encode_prompt(line, tokenizer, chat_template=False)[:max_length]
-    return Encoded(ids, [IGNORED] * len(ids))
-
-
-def _json_row(path: Path, number: int, line: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    try:
-        body: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"Line {number} of {path} is not valid JSON ({error}): correct it.") from error
-    text = body if isinstance(body, str) else body.get("text") if isinstance(body, dict) else None
-    if isinstance(text, str):
-        return _plain_row(path, number, text, tokenizer, max_length)
-    if isinstance(body, dict) and isinstance(body.get("prompt"), str):
-        completion = body.get("completion")
-        if isinstance(completion, str):
-            example = Example(str(number), body["prompt"], completion, completion)
-            row = encode(example, tokenizer, max_length)
-            if row is not None:
-                return row
-        return _plain_row(path, number, body["prompt"], tokenizer, max_length)
-    raise UserError(
-        f"Line {number} of {path} is neither a string nor an object with the key 'text', or 'prompt' (and perhaps "
-        "'completion'): correct it."
-    )
+    fitted, other = hold_out(rows, fit, held_out, seed)
+    return Texts(str(path), fitted, other, "lines", "other lines", {str(path): file_sha256(path)})

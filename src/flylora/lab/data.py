@@ -1,14 +1,9 @@
-"""From an example to token ids and labels: what is learnt is the completion and the end of sequence, no more.
-
-Prompt and completion are encoded apart and their ids joined, so the boundary between them is the same in
-training, where both are known, and in evaluation, where the completion is still to come.
-"""
+"""From an example to token ids and labels: what is learnt is the completion and the end of sequence, no more."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
@@ -19,17 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flylora.errors import UserError
 from flylora.lab.tasks.base import Example, Split, Task
-
-IGNORED = -100
-"""The label that PyTorch's cross-entropy leaves out."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids and labels of one example, of equal length; labels are ``IGNORED`` on the prompt."""
-
-    input_ids: list[int]
-    labels: list[int]
+from flylora.texts import IGNORED, Encoded, encode_pair
 
 
 @dataclass(frozen=True)
@@ -49,72 +34,6 @@ class EncodedSet:
     dropped_ids: list[str]
 
 
-def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[int]:
-    """The ids a completion follows: with the tokenizer's own beginning-of-sequence token, if it adds one.
-
-    An empty prompt is that token alone, if there is one, so that the first token of the completion can be learnt.
-
-    Args:
-        prompt: The prompt of an example.
-        tokenizer: The model's tokenizer.
-        chat_template: Whether the prompt becomes a user's turn, followed by the opening of the assistant's.
-
-    Raises:
-        UserError: A chat template is asked for and the tokenizer has none.
-    """
-    if chat_template:
-        return _ids(_render_chat(tokenizer, [{"role": "user", "content": prompt}], True), tokenizer)
-    bare = _ids(prompt, tokenizer)
-    if not bare:
-        return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
-    full = list(tokenizer(prompt)["input_ids"])
-    # What the tokenizer adds in front (a beginning of sequence) stays; what it adds behind (an end) must not.
-    added = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
-    return [*full[:added], *bare]
-
-
-def encode_completion(completion: str, tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[int]:
-    """The ids of a completion, without any special token.
-
-    The one space that sets a completion off from a plain prompt is left out where a chat template opens the turn.
-    """
-    return _ids(completion.removeprefix(" ") if chat_template else completion, tokenizer)
-
-
-def end_token_id(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> int:
-    """The id that ends a completion: the end of the assistant's turn, or the end of sequence.
-
-    Raises:
-        UserError: The tokenizer has no end-of-sequence token.
-    """
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            "The tokenizer has no end-of-sequence token, so the model could not learn to stop: set its eos_token."
-        )
-    eos = int(tokenizer.eos_token_id)
-    if not chat_template:
-        return eos
-    mark = "flylora-turn"
-    turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": mark}]
-    closing = _ids(_render_chat(tokenizer, turns, False).rpartition(mark)[2], tokenizer)
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = {*tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
-    return next((token for token in closing if token in special), eos)
-
-
-def fit_prompt(
-    prompt: str, tokenizer: PreTrainedTokenizerBase, room: int, chat_template: bool = False
-) -> list[int] | None:
-    """The ids of a prompt that loses its beginning until it takes ``room`` tokens or less; ``None`` if it cannot."""
-    ids = encode_prompt(prompt, tokenizer, chat_template)
-    bare = _ids(prompt, tokenizer)
-    first = max(len(ids) - room, 0)
-    while len(ids) > room and first < len(bare):
-        ids = encode_prompt(tokenizer.decode(bare[first:]), tokenizer, chat_template)
-        first += max(len(ids) - room, 1)
-    return ids if len(ids) <= room else None
-
-
 def encode(
     example: Example,
     tokenizer: PreTrainedTokenizerBase,
@@ -126,14 +45,7 @@ def encode(
 
     The completion and the token that ends it are never cut.
     """
-    prompt = encode_prompt(example.prompt, tokenizer, chat_template)
-    learnt = [*encode_completion(example.completion, tokenizer, chat_template), end_token_id(tokenizer, chat_template)]
-    if truncate_prompt:
-        fitted = fit_prompt(example.prompt, tokenizer, max_length - len(learnt), chat_template)
-        prompt = prompt if fitted is None else fitted
-    if len(prompt) + len(learnt) > max_length:
-        return None
-    return Encoded([*prompt, *learnt], [*[IGNORED] * len(prompt), *learnt])
+    return encode_pair(example.prompt, example.completion, tokenizer, max_length, chat_template, truncate_prompt)
 
 
 def encode_all(
@@ -165,32 +77,6 @@ def encode_all(
             "and the columns they are made from."
         )
     return EncodedSet(items, len(dropped), trained, dropped)
-
-
-@dataclass(frozen=True)
-class CompletionCollator:
-    """Pads a batch on the right.
-
-    The padding id is only a placeholder: masks and labels come from the lengths, so it may equal the
-    end-of-sequence id, and a tokenizer without one needs nothing set.
-    """
-
-    pad_id: int = 0
-
-    def __call__(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Ids and labels -> ``input_ids``, ``labels`` and ``attention_mask``, each (batch, longest), int64."""
-        lengths = [len(item["input_ids"]) for item in batch]
-        shape = (len(lengths), max(lengths))
-        out = {
-            "input_ids": torch.full(shape, self.pad_id),
-            "labels": torch.full(shape, IGNORED),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-        }
-        for row, (item, length) in enumerate(zip(batch, lengths, strict=True)):
-            out["input_ids"][row, :length] = torch.as_tensor(item["input_ids"])
-            out["labels"][row, :length] = torch.as_tensor(item["labels"])
-            out["attention_mask"][row, :length] = 1
-        return out
 
 
 def sorted_micro_batches(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
@@ -294,13 +180,3 @@ def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[
             waiting = []
     if waiting:
         yield tokenizer.decode(waiting)
-
-
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _render_chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], open_turn: bool) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("The tokenizer has no chat template: leave chat_template out, or set one on the tokenizer.")
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_turn))

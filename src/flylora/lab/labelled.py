@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from flylora.lab.data import IGNORED
+from flylora.texts import IGNORED
 
 
 def labelled_logits(

@@ -7,7 +7,6 @@ are gathered while some adapter runs, in one pass over the texts, in O(R^2) memo
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import random
 import tempfile
@@ -18,22 +17,23 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from flylora.adapted import adapted, base_of
+from flylora import activations
+from flylora.activations import Accumulator, Tokens, features, modules_by_name, wide
+from flylora.adapted import adapted
 from flylora.adapter_folder import TensorFile, read_adapter
 from flylora.errors import UserError
-from flylora.lab.data import IGNORED, CompletionCollator, Encoded, encode
+from flylora.lab.data import encode
 from flylora.lab.tasks import Task, load_task
-from flylora.merging.config import CalibrateConfig, Tokens
+from flylora.merging.config import CalibrateConfig
 from flylora.merging.engine import MergeSpec, merge_to
 from flylora.merging.layout import Codes, Layout, check_compatible, codes, plan
 from flylora.models import LoadedModel, load_base
-from flylora.projection import canonical_name
-from flylora.records import progress, provenance, saving
+from flylora.records import provenance, saving
+from flylora.texts import Encoded
 
 FORMAT_VERSION = 1
 
@@ -77,99 +77,25 @@ def gather(
     Raises:
         UserError: the model lacks a module, or no token counts.
     """
-    watched = _watched_modules(model, layout)
-    sums = _Sums()
-    handles = []
-    base = base_of(model) if isinstance(model, PeftModel) else model
-    parameters = inspect.signature(base.forward).parameters
-    short = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-    device = next(model.parameters()).device
-    collate = CompletionCollator()
-    # Longest first keeps padding short; alternating halves in that order makes them alike.
-    ordered = sorted(rows, key=lambda row: -len(row.input_ids))
-    try:
-        for name, module in watched.items():
-            function = codes(layout, name, _in_features(module))
-            handles.append(module.register_forward_pre_hook(sums.hook(name, function), with_kwargs=True))
-        with torch.no_grad(), progress("calibration texts", len(ordered), quiet) as advance:
-            for start in range(0, len(ordered), batch_size):
-                chosen = ordered[start : start + batch_size]
-                batch = collate([vars(row) for row in chosen])
-                sums.select(batch, tokens, start, device)
-                inputs = {key: value.to(device) for key, value in batch.items() if key != "labels"}
-                model(**inputs, use_cache=False, **short)
-                advance(len(chosen))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not float(sums.tokens.sum()):
-        raise UserError("No token of the calibration texts counts: give more texts, or count all tokens of them.")
-    unseen = [name for name in watched if name not in sums.grams]
-    for name in unseen:  # e.g. an expert that no token was sent to
-        rank = layout.at(name).rank
-        sums.grams[name] = torch.zeros(2, rank, rank, dtype=torch.float64)
-    return TaskStatistics(sums.grams, sums.tokens, {name: slot_keys(layout, name) for name in watched})
+    ranks = {name: layout.at(name).rank for name in layout.modules}
+    grams = {name: torch.zeros(2, rank, rank, dtype=torch.float64) for name, rank in ranks.items()}
+    accumulators = {
+        name: _accumulator(codes(layout, name, features(module)[0]), grams[name])
+        for name, module in modules_by_name(model, layout.modules).items()
+    }
+    counts = activations.gather(model, accumulators, rows, tokens=tokens, parts=2, batch_size=batch_size, quiet=quiet)
+    return TaskStatistics(grams, counts, {name: slot_keys(layout, name) for name in layout.modules})
 
 
-class _Sums:
-    """Accumulators, and the hooks that fill them."""
+def _accumulator(function: Codes, gram: Tensor) -> Accumulator:
+    """Adds z z^T of a module's tokens to one half of its ``gram``, (2, R, R)."""
 
-    def __init__(self) -> None:
-        self.grams: dict[str, Tensor] = {}
-        self.tokens = torch.zeros(2, dtype=torch.float64)
-        self._masks: tuple[Tensor, Tensor] | None = None
+    def add(x: Tensor, half: int) -> None:
+        function.to(x.device)
+        z = wide(function(x))
+        gram[half] += (z.t() @ z).cpu()
 
-    def select(self, batch: dict[str, Tensor], tokens: Tokens, start: int, device: torch.device) -> None:
-        """Choose the positions of a batch that count, and their half."""
-        real = batch["attention_mask"].bool()
-        # The position before a labelled token is the one that predicts it.
-        answer = torch.zeros_like(real)
-        answer[:, :-1] = batch["labels"][:, 1:] != IGNORED
-        counted = {"all": real, "answer": real & answer, "prompt": real & ~answer}[tokens]
-        even = (torch.arange(start, start + len(real)) % 2 == 0).unsqueeze(1)
-        self._masks = ((counted & even).to(device), (counted & ~even).to(device))
-        self.tokens += torch.tensor([float(mask.sum()) for mask in self._masks], dtype=torch.float64)
-
-    def hook(self, name: str, function: Codes) -> Any:
-        """A forward pre-hook that adds z z^T of a module's input."""
-
-        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            assert self._masks is not None
-            function.to(x.device)
-            for half, mask in enumerate(self._masks):
-                # A module that sees tokens in another arrangement (an expert) counts all it sees, in both halves alike.
-                chosen = x[mask] if x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1])
-                if not len(chosen):
-                    continue
-                z = function(chosen).double()
-                gram = (z.t() @ z).cpu()
-                if name not in self.grams:
-                    self.grams[name] = torch.zeros(2, *gram.shape, dtype=torch.float64)
-                self.grams[name][half] += gram
-
-        return add
-
-
-def _watched_modules(model: nn.Module, layout: Layout) -> dict[str, nn.Module]:
-    named: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if not name.endswith(".base_layer"):
-            named.setdefault(canonical_name(name), module)
-    missing = [name for name in layout.modules if name not in named]
-    if missing:
-        raise UserError(
-            f"The base model has no module {missing[0]} ({len(missing)} of {len(layout.modules)} are missing): give "
-            "the base model that the adapters were trained on."
-        )
-    return {name: named[name] for name in layout.modules}
-
-
-def _in_features(module: nn.Module) -> int | None:
-    found = getattr(module, "in_features", None)
-    if found is None and hasattr(module, "nx"):  # transformers' Conv1D
-        return int(module.nx)  # type: ignore[arg-type]
-    return None if found is None else int(found)
+    return add
 
 
 def slot_keys(layout: Layout, module: str) -> list[tuple[str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from flylora.adapter_folder import KEY_PREFIX, WEIGHTS_FILE, Kind, SavedAdapter, TensorFile, save_config
 from flylora.errors import UserError
 from flylora.lab.baselines.split_lora import SplitLoraConfig
+from flylora.least_squares import cut_matrix, cut_rank
 from flylora.merging.layout import (
     Layout,
     MergedIdentity,
@@ -27,8 +29,6 @@ from flylora.merging.layout import (
 from flylora.merging.methods import (
     Update,
     best_ridge,
-    cut_factors,
-    cut_matrix,
     knots,
     least_squares,
     least_squares_error,
@@ -389,20 +389,20 @@ class _LoraWorker(_Worker):
             up, down = self.combined(local, scaling), merged_down(self.layout, local)
             if rank == local.rank:
                 return up, down
-            up, down, error = cut_factors(up, down, rank)
+            up, down, error = cut_rank(up, down, rank)
         else:
             updates, weights = self.updates(local, None), self.held_weights(local)
             if self.row.common_basis:
                 up, down = knots(updates, weights, lambda parts: self.matrix(parts, weights))
                 if up.shape[1] <= rank:
                     return up, down
-                up, down, error = cut_factors(up, down, rank)
+                up, down, error = cut_rank(up, down, rank)
             else:
                 downs = [update.down.t() for update in updates if update.down is not None]
                 matrix = self.matrix(updates, weights)
                 seed = update_seed(self.spec.seed, "range", local.name)
                 up, down, error = cut_matrix(matrix, rank, seed, torch.cat(downs, dim=1))
-        self.report.rank_error[local.name] = error
+        self.report.rank_error[local.name] = math.sqrt(error)
         return up, down
 
 

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from peft.utils import merge_utils
 from torch import Tensor
 
-from flylora.errors import UserError
 from flylora.functional import Block
+from flylora.least_squares import solve_ridge
 
 Pruning = Literal["magnitude", "random", "none"]
 SignMethod = Literal["total", "frequency"]
@@ -74,24 +74,11 @@ def least_squares(
     Raises:
         UserError: ridge is 0 and the codes do not span all R directions, so that there is no single solution.
     """
-    total = torch.zeros_like(grams[0], dtype=torch.float64)
-    target = torch.zeros(prior.shape, dtype=torch.float64)
-    for up, gram, weight in zip(ups, grams, weights, strict=True):
-        total += weight * gram.double()
-        target += weight * (up.double() @ gram.double())
-    mean_energy = float(total.trace()) / total.shape[0]
-    if mean_energy == 0.0:
-        return prior.clone()  # no token reached the module: only the prior speaks
-    penalty = ridge * mean_energy
-    total.diagonal().add_(penalty)
-    factor, failed = torch.linalg.cholesky_ex(total)
-    if int(failed) or not torch.isfinite(factor).all():
-        raise UserError(
-            "The calibration codes do not span all ranks of a module, so least squares has no single solution "
-            "without a ridge: set ridge above 0 (e.g. 1e-2), or calibrate on more text."
-        )
-    solved = torch.cholesky_solve((target + penalty * prior.double()).t(), factor).t()
-    return solved.to(prior.dtype)
+    total = sum(weight * gram.double() for gram, weight in zip(grams, weights, strict=True))
+    target = sum(weight * (up.double() @ gram.double()) for up, gram, weight in zip(ups, grams, weights, strict=True))
+    assert isinstance(total, Tensor)
+    assert isinstance(target, Tensor)
+    return solve_ridge(target, total, prior, ridge).to(prior.dtype)
 
 
 def least_squares_error(up: Tensor, ups: Sequence[Tensor], grams: Sequence[Tensor], weights: Sequence[float]) -> float:
@@ -334,66 +321,3 @@ def knots(
         for part, right, update in zip(vt.split(widths, dim=1), rights, updates, strict=True)
     ]
     return left @ (u * s), merge(parts)
-
-
-# --- rank limits -----------------------------------------------------------------------------------------------
-
-
-def balance_factors(up: Tensor, singular: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """(U sqrt(S), sqrt(S) V^T): factors of equal norm, which keep best in 16 bits."""
-    root = singular.clamp_min(0).sqrt()
-    return up * root, root.unsqueeze(1) * down
-
-
-def cut_factors(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best rank-limited factors of up @ down, by QR of both and an SVD of the (R, R) core.
-
-    Args:
-        up: (m, R). down: (R, n). rank: at most this many; fewer than R.
-
-    Returns:
-        (m, q), (q, n) and the relative error in Frobenius norm.
-    """
-    left, left_core = torch.linalg.qr(up)
-    right, right_core = torch.linalg.qr(down.t())
-    u, s, vt = torch.linalg.svd(left_core @ right_core.t(), full_matrices=False)
-    total = float(s.square().sum())
-    error = math.sqrt(float(s[rank:].square().sum()) / total) if total else 0.0
-    cut_up, cut_down = balance_factors(left @ u[:, :rank], s[:rank], vt[:rank] @ right.t())
-    return cut_up, cut_down, error
-
-
-def cut_matrix(matrix: Tensor, rank: int, seed: int, start: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
-    """Nearly the best rank-limited factors of any (m, n) matrix, by a randomised range finder with power iterations.
-
-    Halko, Martinsson, Tropp, SIAM Review 53 (2011), arXiv 0909.4061; exact SVD for small matrices. No global random
-    numbers are used.
-
-    Args:
-        matrix: (m, n). rank: q.
-        seed: of the random test matrix.
-        start: (n, any) directions that are known to matter, such as the A_t^T; added to the random ones.
-
-    Returns:
-        (m, q), (q, n) and the relative error in Frobenius norm, measured.
-    """
-    m, n = matrix.shape
-    rank = min(rank, m, n)
-    total = float(matrix.square().sum())
-    if min(m, n) <= 2 * (rank + 16):
-        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        test = torch.randn(n, rank + 16, generator=generator, dtype=matrix.dtype)
-        if start is not None:
-            # Known directions do what many random ones and more iterations would.
-            test = torch.cat([test[:, :16], start.to(matrix.dtype)], dim=1)
-        basis = torch.linalg.qr(matrix @ test).Q
-        for _ in range(2 if start is None else 1):
-            basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.t() @ basis).Q).Q
-        u, s, vt = torch.linalg.svd(basis.t() @ matrix, full_matrices=False)
-        u = basis @ u
-    kept = float(s[:rank].square().sum())
-    error = math.sqrt(max(0.0, 1.0 - kept / total)) if total else 0.0
-    up, down = balance_factors(u[:, :rank], s[:rank], vt[:rank])
-    return up, down, error

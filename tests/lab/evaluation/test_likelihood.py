@@ -7,9 +7,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from conftest import make_model
-from flylora.lab.data import IGNORED, Encoded
 from flylora.lab.evaluation.likelihood import token_log_likelihoods
 from flylora.lab.training.methods import attach, method_config
+from flylora.texts import IGNORED, Encoded
 
 
 def row(prompt: int, completion: int, seed: int) -> Encoded:

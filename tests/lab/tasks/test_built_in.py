@@ -9,10 +9,11 @@ from typing import get_args
 
 import pytest
 
-from flylora.lab.data import IGNORED, encode_all
+from flylora.lab.data import encode_all
 from flylora.lab.tasks import Task, load_task, task_names
 from flylora.lab.tasks.base import SPLITS, Example, Split
 from flylora.models import load_tokenizer
+from flylora.texts import IGNORED
 
 
 @pytest.fixture(params=task_names())

@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from flylora.adapted import base_of
-from flylora.lab.data import CompletionCollator, Encoded
 from flylora.lab.labelled import labelled_logits
+from flylora.texts import Encoded, batches
 
 
 @torch.no_grad()
@@ -34,13 +34,8 @@ def token_log_likelihoods(
         For each row, in the order given, one number for each label that is not ``IGNORED``.
     """
     base = base_of(model)
-    collate = CompletionCollator()
     found: list[list[float]] = [[] for _ in rows]
-    # Longest first, so that a batch too large for memory fails at once.
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = {key: value.to(base.device) for key, value in collate([vars(rows[i]) for i in chosen]).items()}
+    for chosen, batch in batches(rows, batch_size, base.device):
         logits, targets, counts = labelled_logits(model, **batch)
         losses = cross_entropy(logits, targets, reduction="none")
         for i, loss in zip(chosen, losses.cpu().split(counts.tolist()), strict=True):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flylora.adapted import adapted, base_of, changes_logits, trained_on_other_weights
 from flylora.errors import UserError
-from flylora.lab.data import Encoded, encode, encode_prompt, end_token_id, fit_prompt
+from flylora.lab.data import encode
 from flylora.lab.evaluation.code import judge, pass_rates
 from flylora.lab.evaluation.config import EvalConfig
 from flylora.lab.evaluation.generation import Sampling, generate, sample_seed
@@ -29,6 +29,7 @@ from flylora.lab.tasks import Example, Task, load_task
 from flylora.lab.tasks.base import CodeExample
 from flylora.models import LoadedModel, load_model
 from flylora.records import Provenance, now, progress, provenance, write_record
+from flylora.texts import Encoded, encode_prompt, end_token_id, fit_prompt
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 
 from flylora.errors import UserError
 from flylora.lab.baselines.counts import ParameterCount, count_adapter
-from flylora.lab.data import CompletionCollator, EncodedSet, encode_all, sorted_micro_batches
+from flylora.lab.data import EncodedSet, encode_all, sorted_micro_batches
 from flylora.lab.labelled import labelled_logits
 from flylora.lab.tasks import Split, Task, load_task
 from flylora.lab.training.callbacks import LossBar, RunCallback
@@ -33,6 +33,7 @@ from flylora.lab.training.record import TrainRecord
 from flylora.lab.training.run_folder import RunFolder, checkpoint_step
 from flylora.models import LoadedModel, first_line, load_model, take_off
 from flylora.records import Status, adapter_fingerprint, is_disk_full, now, provenance, write_record
+from flylora.texts import CompletionCollator
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,143 @@
+"""Run texts through a model and gather what its modules see. Calibrated merges and exports both use this."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from torch import Tensor, nn
+
+from flylora.adapted import base_of
+from flylora.errors import UserError
+from flylora.projection import canonical_name
+from flylora.records import progress
+from flylora.texts import IGNORED, Encoded, batches
+
+Tokens = Literal["all", "answer", "prompt"]
+"""Which tokens of a text count: all, those that predict the answer, or those of the prompt before them."""
+
+Accumulator = Callable[[Tensor, int], None]
+"""Takes a module's inputs x (N, n) at tokens that count, and the part of the texts they come from."""
+
+
+@torch.no_grad()
+def gather(
+    model: nn.Module,
+    accumulators: Mapping[str, Accumulator],
+    rows: Sequence[Encoded],
+    *,
+    tokens: Tokens = "all",
+    parts: int = 1,
+    batch_size: int = 8,
+    quiet: bool = False,
+) -> Tensor:
+    """Run texts through a model, with whatever adapter is active on it, and hand on the inputs of some modules.
+
+    Padding never counts. A module that sees tokens in another arrangement (an expert) counts all that it sees, in every
+    part alike; one that no token reaches is never called.
+
+    Args:
+        model: In evaluation mode.
+        accumulators: What takes the inputs of a module, by the module's name in the base model.
+        rows: The texts.
+        tokens: Which positions count.
+        parts: The texts are dealt out to so many parts of like length, so that one can test what another has fitted.
+        batch_size: Texts per forward pass.
+        quiet: Show no progress.
+
+    Returns:
+        How many tokens count in each part, (parts,) float64.
+
+    Raises:
+        UserError: The model lacks a module, or no token counts.
+    """
+    base = base_of(model)
+    rows = [row for row in rows if row.input_ids]
+    device = next(base.parameters()).device
+    # The logits are not needed.
+    short = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    counts, masks, handles, done = torch.zeros(parts, dtype=torch.float64), list[Tensor](), [], 0
+    try:
+        for name, module in modules_by_name(model, list(accumulators)).items():
+            hook = _hook(accumulators[name], masks)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        with progress("calibration texts", len(rows), quiet) as advance:
+            for chosen, batch in batches(rows, batch_size, device):
+                part_of_row = torch.arange(done, done + len(chosen), device=device).unsqueeze(1) % parts
+                counted = _counted(batch, tokens)
+                masks[:] = [counted & (part_of_row == part) for part in range(parts)]
+                counts += torch.stack([mask.sum() for mask in masks]).cpu()
+                base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **short)
+                done += len(chosen)
+                advance(len(chosen))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not float(counts.sum()):
+        raise UserError("No token of the calibration texts counts: give more texts, or count all tokens of them.")
+    return counts
+
+
+def _counted(batch: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
+    """Which positions of a batch count, (batch, longest) bool."""
+    real = batch["attention_mask"].bool()
+    # The position before a labelled token is the one that predicts it.
+    answer = torch.zeros_like(real)
+    answer[:, :-1] = batch["labels"][:, 1:] != IGNORED
+    return {"all": real, "answer": real & answer, "prompt": real & ~answer}[tokens]
+
+
+def _hook(accumulate: Accumulator, masks: Sequence[Tensor]) -> Callable[..., None]:
+    """A forward pre-hook that hands on a module's input at the tokens that count, part by part."""
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        for part, mask in enumerate(masks):
+            chosen = x[mask.to(x.device)] if x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1])
+            if len(chosen):
+                accumulate(chosen, part)
+
+    return look
+
+
+def modules_by_name(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Modules of a model, with an adapter on it or without, by their names in the base model.
+
+    Raises:
+        UserError: One of them is not there.
+    """
+    named: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        named.setdefault(canonical_name(name), module)  # an adapter's layer comes before the base layer inside it
+    missing = [name for name in names if name not in named]
+    if missing:
+        raise UserError(
+            f"The base model has no module {missing[0]} ({len(missing)} of {len(names)} are missing): give the base "
+            "model that the adapter was trained on."
+        )
+    return {name: named[name] for name in names}
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The layer of the base model, without the adapter around it."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(n, m) of a linear layer or Conv1D, with an adapter around it or without.
+
+    Raises:
+        UserError: It is another kind of layer.
+    """
+    n, m = _get_in_out_features(base_layer(module))
+    if n is None or m is None:
+        raise UserError(f"A {type(base_layer(module)).__name__} is no linear layer, so its adapter has no factors.")
+    return int(n), int(m)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float64, in which sums over many tokens are kept; Apple's GPUs know none, so on the CPU there."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

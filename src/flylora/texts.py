@@ -1,0 +1,283 @@
+"""Texts as token rows: what calibration and export run through a model, and what a model is trained on.
+
+Prompt and completion are encoded apart and their ids joined, so the boundary between them is the same in training,
+where both are known, and in evaluation, where the completion is still to come.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from flylora.errors import UserError
+
+IGNORED = -100
+"""The label that PyTorch's cross-entropy leaves out."""
+
+TEXT_FILES = (".txt", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids and labels of one text, of equal length; labels are ``IGNORED`` on a prompt."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+Text = str | tuple[str, str] | Encoded
+"""A plain text (all its tokens count), a prompt with its completion (the completion is the answer), or token ids."""
+
+
+# --- strings to token ids ----------------------------------------------------------------------------------------
+
+
+def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, chat_template: bool = False) -> list[int]:
+    """The ids a completion follows: with the tokenizer's own beginning-of-sequence token, if it adds one.
+
+    An empty prompt is that token alone, if there is one, so that the first token of the completion can be learnt.
+
+    Args:
+        prompt: The prompt of an example.
+        tokenizer: The model's tokenizer.
+        chat_template: Whether the prompt becomes a user's turn, followed by the opening of the assistant's.
+
+    Raises:
+        UserError: A chat template is asked for and the tokenizer has none.
+    """
+    if chat_template:
+        return _ids(_render_chat(tokenizer, [{"role": "user", "content": prompt}], True), tokenizer)
+    bare = _ids(prompt, tokenizer)
+    if not bare:
+        return [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    full = list(tokenizer(prompt)["input_ids"])
+    # What the tokenizer adds in front (a beginning of sequence) stays; what it adds behind (an end) must not.
+    added = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
+    return [*full[:added], *bare]
+
+
+def encode_completion(completion: str, tokenizer: PreTrainedTokenizerBase, chat_template: bool = False) -> list[int]:
+    """The ids of a completion, without any special token.
+
+    The one space that sets a completion off from a plain prompt is left out where a chat template opens the turn.
+    """
+    return _ids(completion.removeprefix(" ") if chat_template else completion, tokenizer)
+
+
+def end_token_id(tokenizer: PreTrainedTokenizerBase, chat_template: bool = False) -> int:
+    """The id that ends a completion: the end of the assistant's turn, or the end of sequence.
+
+    Raises:
+        UserError: The tokenizer has no end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "The tokenizer has no end-of-sequence token, so the model could not learn to stop: set its eos_token."
+        )
+    eos = int(tokenizer.eos_token_id)
+    if not chat_template:
+        return eos
+    mark = "flylora-turn"
+    turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": mark}]
+    closing = _ids(_render_chat(tokenizer, turns, False).rpartition(mark)[2], tokenizer)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {*tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
+    return next((token for token in closing if token in special), eos)
+
+
+def fit_prompt(
+    prompt: str, tokenizer: PreTrainedTokenizerBase, room: int, chat_template: bool = False
+) -> list[int] | None:
+    """The ids of a prompt that loses its beginning until it takes ``room`` tokens or less; ``None`` if it cannot."""
+    ids = encode_prompt(prompt, tokenizer, chat_template)
+    bare = _ids(prompt, tokenizer)
+    first = max(len(ids) - room, 0)
+    while len(ids) > room and first < len(bare):
+        ids = encode_prompt(tokenizer.decode(bare[first:]), tokenizer, chat_template)
+        first += max(len(ids) - room, 1)
+    return ids if len(ids) <= room else None
+
+
+def encode_pair(
+    prompt: str,
+    completion: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    chat_template: bool = False,
+    truncate_prompt: bool = False,
+) -> Encoded | None:
+    """Prompt and completion as ids and labels; ``None`` if they cannot fit in ``max_length`` tokens.
+
+    The completion and the token that ends it are never cut.
+    """
+    asked = encode_prompt(prompt, tokenizer, chat_template)
+    answer = [*encode_completion(completion, tokenizer, chat_template), end_token_id(tokenizer, chat_template)]
+    if truncate_prompt:
+        fitted = fit_prompt(prompt, tokenizer, max_length - len(answer), chat_template)
+        asked = asked if fitted is None else fitted
+    if len(asked) + len(answer) > max_length:
+        return None
+    return Encoded([*asked, *answer], [*[IGNORED] * len(asked), *answer])
+
+
+def encode_texts(texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> list[Encoded]:
+    """Texts as token rows; a text without a token is left out.
+
+    A longer text is cut at ``max_length`` tokens. A pair first loses the beginning of its prompt, so that the answer
+    stays; a pair whose completion alone is too long keeps its beginning as a plain text.
+
+    Args:
+        texts: See [`Text`].
+        tokenizer: The model's tokenizer.
+        max_length: Tokens of a text that are kept.
+
+    Raises:
+        UserError: An entry is none of these.
+    """
+    if isinstance(texts, str):
+        raise UserError("texts is one string, but a list of texts is needed: put it in a list.")
+    rows = [_encode_text(text, tokenizer, max_length) for text in texts]
+    return [row for row in rows if row.input_ids]
+
+
+def _encode_text(text: Text, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    match text:
+        case Encoded():
+            return Encoded(text.input_ids[:max_length], text.labels[:max_length])
+        case str():
+            ids = encode_prompt(text, tokenizer)[:max_length] if text else []
+            return Encoded(ids, list(ids))
+        case (str() as prompt, str() as completion):
+            row = encode_pair(prompt, completion, tokenizer, max_length, truncate_prompt=True)
+            return row or _encode_text(prompt + completion, tokenizer, max_length)
+    raise UserError(
+        f"A text is a {type(text).__name__}, but must be a string or a pair (prompt, completion) of strings."
+    )
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _render_chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], open_turn: bool) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("The tokenizer has no chat template: leave chat_template out, or set one on the tokenizer.")
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_turn))
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def read_text_file(path: str | Path) -> list[str | tuple[str, str]]:
+    """The texts of a file, one a line; empty lines are skipped.
+
+    Args:
+        path: A .txt file, or a .jsonl file whose lines are a string or an object with the key ``text``, or ``prompt``
+            and perhaps ``completion``.
+
+    Raises:
+        UserError: The file is missing, empty, not UTF-8, or has a line of another form.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no text file {path}: check the path.")
+    try:
+        # Lines end where an editor ends them: str.splitlines would also cut at U+2028 and the like, inside a text.
+        with path.open(encoding="utf-8-sig") as stream:
+            lines = [(number, line.rstrip("\n")) for number, line in enumerate(stream, 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error}): give a .txt or .jsonl file.") from error
+    if not lines:
+        raise UserError(f"{path} holds no text: give a file with one text a line.")
+    if path.suffix != ".jsonl":
+        return [line for _, line in lines]
+    return [_json_text(path, number, line) for number, line in lines]
+
+
+def _json_text(path: Path, number: int, line: str) -> str | tuple[str, str]:
+    try:
+        body: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"Line {number} of {path} is not valid JSON ({error}): correct it.") from error
+    match body:
+        case (str() as text) | {"text": str() as text}:
+            return text
+        case {"prompt": str() as prompt, "completion": str() as completion}:
+            return prompt, completion
+        case {"prompt": str() as prompt}:
+            return prompt
+    raise UserError(
+        f"Line {number} of {path} is neither a string nor an object with the key 'text', or 'prompt' (and perhaps "
+        "'completion'): correct it."
+    )
+
+
+def hold_out(rows: Sequence[Encoded], fit: int, held_out: int, seed: int) -> tuple[list[Encoded], list[Encoded]]:
+    """Rows to fit something on, and others to measure it on, drawn at random.
+
+    Args:
+        rows: All texts.
+        fit: How many to fit on at most; with 0 all may be held out.
+        held_out: How many to hold out at most; no more than a fifth of all is.
+        seed: Of the draw.
+    """
+    shuffled = list(rows)
+    random.Random(seed).shuffle(shuffled)
+    most = len(rows) // 5 or len(rows) // 2 if fit else len(rows)
+    cut = min(held_out, most)
+    return shuffled[cut : cut + fit], shuffled[:cut]
+
+
+# --- batches -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CompletionCollator:
+    """Pads a batch on the right.
+
+    The padding id is only a placeholder: masks and labels come from the lengths, so it may equal the
+    end-of-sequence id, and a tokenizer without one needs nothing set.
+    """
+
+    pad_id: int = 0
+
+    def __call__(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Ids and labels -> ``input_ids``, ``labels`` and ``attention_mask``, each (batch, longest), int64."""
+        lengths = [len(item["input_ids"]) for item in batch]
+        shape = (len(lengths), max(lengths))
+        out = {
+            "input_ids": torch.full(shape, self.pad_id),
+            "labels": torch.full(shape, IGNORED),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+        }
+        for row, (item, length) in enumerate(zip(batch, lengths, strict=True)):
+            out["input_ids"][row, :length] = torch.as_tensor(item["input_ids"])
+            out["labels"][row, :length] = torch.as_tensor(item["labels"])
+            out["attention_mask"][row, :length] = 1
+        return out
+
+
+def batches(
+    rows: Sequence[Encoded], batch_size: int, device: torch.device
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Padded batches of rows of like length, longest first, so that a batch too large for memory fails at once.
+
+    Args:
+        rows: The texts.
+        batch_size: Rows in a batch.
+        device: Where the tensors go.
+
+    Returns:
+        For each batch the positions of its rows in ``rows``, and what [`CompletionCollator`] makes of them.
+    """
+    collate, order = CompletionCollator(), sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        yield chosen, {key: value.to(device) for key, value in collate([vars(rows[i]) for i in chosen]).items()}

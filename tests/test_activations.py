@@ -1,0 +1,88 @@
+"""What a module's accumulator is given: the inputs of the tokens that count, once each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from conftest import make_model
+from flylora.activations import Tokens, base_layer, features, gather, modules_by_name
+from flylora.errors import UserError
+from flylora.texts import IGNORED, Encoded
+
+Q = "model.layers.1.self_attn.q_proj"
+ROWS = [Encoded(list(range(10, 10 + n)), [IGNORED] * 3 + list(range(13, 10 + n))) for n in (7, 9, 5, 12, 6)]
+
+
+def inputs(model: nn.Module, row: Encoded) -> Tensor:
+    """What the module sees of one text alone, without padding."""
+    seen: list[Tensor] = []
+    handle = modules_by_name(model, [Q])[Q].register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([row.input_ids]))
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize(("tokens", "chosen"), [("all", slice(None)), ("answer", slice(2, -1)), ("prompt", None)])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_every_token_that_counts_is_given_once(tokens: Tokens, chosen: slice | None, parts: int) -> None:
+    model = make_model()
+    given: list[list[Tensor]] = [[] for _ in range(parts)]
+    counts = gather(
+        model, {Q: lambda x, part: given[part].append(x)}, ROWS, tokens=tokens, parts=parts, batch_size=2, quiet=True
+    )
+    longest_first = sorted(ROWS, key=lambda row: -len(row.input_ids))
+    for part in range(parts):
+        x = [inputs(model, row) for row in longest_first[part::parts]]
+        expected = torch.cat([torch.cat([e[:2], e[-1:]]) if chosen is None else e[chosen] for e in x])
+        torch.testing.assert_close(torch.cat(given[part]), expected, rtol=1e-4, atol=1e-5)
+        assert float(counts[part]) == len(expected)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Router(nn.Module):
+    """Sends the tokens on in one flat row, as experts see them, and never calls ``idle``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Tensor:
+        x = input_ids.unsqueeze(2).expand(-1, -1, 4).float()
+        return self.expert(input=x.reshape(-1, 4)[:3])
+
+
+def test_a_module_that_sees_other_tokens_gives_them_all_and_an_idle_one_none() -> None:
+    calls: list[tuple[int, int]] = []
+
+    def idle(x: Tensor, part: int) -> None:
+        raise AssertionError
+
+    gather(Router(), {"expert": lambda x, part: calls.append((part, len(x))), "idle": idle}, ROWS[:2], parts=2)
+    assert calls == [(0, 3), (1, 3)]
+
+
+def test_a_missing_module_and_no_token_are_errors() -> None:
+    model = make_model()
+    with pytest.raises(UserError, match=r"no module nothing \(1 of 2 are missing\)"):
+        gather(model, dict.fromkeys([Q, "nothing"], lambda x, part: None), ROWS)
+    for rows in ([], [Encoded([], [])], [Encoded([5, 6], [IGNORED] * 2)]):
+        with pytest.raises(UserError, match="No token of the calibration texts counts"):
+            gather(model, {Q: lambda x, part: None}, rows, tokens="answer", quiet=True)
+
+
+def test_modules_and_sizes_are_the_same_with_an_adapter_and_without() -> None:
+    bare = make_model()
+    expected = modules_by_name(bare, [Q])[Q]
+    size = features(expected)
+    module = modules_by_name(get_peft_model(bare, LoraConfig(r=2, target_modules=["q_proj"])), [Q])[Q]
+    assert module is not expected
+    assert base_layer(module) is expected
+    assert features(module) == size
+    assert features(Conv1D(6, 4)) == (4, 6)
+    with pytest.warns(UserWarning, match="Unsupported layer"), pytest.raises(UserError, match="is no linear layer"):
+        features(nn.ReLU())
