@@ -1,14 +1,24 @@
-"""What crosses between a program and its judge: plain data, and nothing that could be anything else."""
+"""What is verified before foreign code runs, and what crosses between a program and its judge: plain data only."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+if sys.platform != "linux":
+    pytest.skip("the sandbox is for Linux", allow_module_level=True)
+
+import resource
+
+from flylora.lab.evaluation import inside
 from flylora.lab.evaluation.inside import ProgramFailed, answer_calls, decode, encode, judge
 
 PLAIN = [
@@ -128,3 +138,55 @@ def test_tests_may_use_what_is_given_but_its_function_is_the_candidate() -> None
     test = "def check(candidate):\n    assert candidate(1) == helper(1)\n    assert f(2) == helper(2)\n"
     assert judged(test, ["answer", 2], ["answer", 3], given=given)[0]
     assert judged(test, ["answer", 2], ["answer", 2], given=given) == (False, "AssertionError")
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Settings that a pretended sandbox fulfils; nothing is limited or signalled here."""
+
+    def nobody(number: int, signal: int) -> None:
+        assert (number, signal) == (-1, 0)
+        raise ProcessLookupError
+
+    home = SimpleNamespace(f_blocks=4, f_frsize=4096, f_files=10)
+    monkeypatch.setattr(os, "getresuid", lambda: (9, 9, 9))
+    monkeypatch.setattr(os, "getresgid", lambda: (9, 9, 9))
+    monkeypatch.setattr(os, "kill", nobody)
+    monkeypatch.setattr(os, "listdir", lambda path: ["usr", "sandbox", "inside.py"])
+    monkeypatch.setattr(os, "statvfs", lambda path: home)
+    monkeypatch.setattr(resource, "getrlimit", lambda number: (7, 7))
+    return {**dict.fromkeys(inside.LIMITS, 7), "visible": ["/usr"], "home_bytes": 4 * 4096, "home_files": 10}
+
+
+def test_what_is_cut_off_is_let_through(settings: dict[str, Any]) -> None:
+    inside.verify(settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead", "said"),
+    [
+        ("getresuid", lambda: (9, 9, 0), "still be root"),
+        ("getresgid", lambda: (0, 9, 9), "still be root"),
+        ("kill", lambda *_: None, "still signal other processes"),
+        ("listdir", lambda path: ["usr", "sandbox", "inside.py", "home"], "still see the machine's files"),
+        ("statvfs", lambda path: SimpleNamespace(f_blocks=5, f_frsize=4096, f_files=10), "limit of the home"),
+        ("statvfs", lambda path: SimpleNamespace(f_blocks=4, f_frsize=4096, f_files=11), "limit of the home"),
+    ],
+)
+def test_what_is_not_cut_off_is_refused(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str, instead: Any, said: str
+) -> None:
+    monkeypatch.setattr(os, name, instead)
+    with pytest.raises(RuntimeError, match=said):
+        inside.verify(settings)
+
+
+@pytest.mark.parametrize("name", inside.LIMITS)
+def test_a_limit_that_does_not_hold_is_refused(settings: dict[str, Any], name: str) -> None:
+    with pytest.raises(RuntimeError, match=f"the limit of {name} does not hold"):
+        inside.verify({**settings, name: 8})
+
+
+def test_it_needs_nothing_but_the_standard_library() -> None:
+    command = [sys.executable, "-I", "-S", "-c", f"import runpy; runpy.run_path({inside.__file__!r})"]
+    assert subprocess.run(command, capture_output=True, env={}, check=False).returncode == 0

