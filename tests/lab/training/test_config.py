@@ -49,3 +49,9 @@ def test_only_what_never_changes_the_adapter_may_differ_on_resuming() -> None:
     kept = {"out", "save_steps", "logging_steps", "report_to", "resume", "overwrite"}
     every = {field.name for field in dataclasses.fields(TrainConfig)}
     assert set(config().deciding()) == every - kept
+
+
+def test_the_learning_rate_is_the_methods_own_unless_given() -> None:
+    rates = {method: config(method=method).lr for method in ("flylora", "FlyLoRA", "splitlora", "lora", "dora", "loha")}
+    assert rates == {"flylora": 3e-3, "FlyLoRA": 3e-3, "splitlora": 3e-3, "lora": 1e-3, "dora": 1e-3, "loha": 1e-3}
+    assert config(method="lora", lr=2e-4).lr == 2e-4

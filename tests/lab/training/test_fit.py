@@ -23,9 +23,9 @@ from flylora.lab.data import encode_all
 from flylora.lab.tasks import load_task
 from flylora.lab.training import TrainConfig, train
 from flylora.lab.training.callbacks import RunCallback
-from flylora.lab.training.fit import _AdapterTrainer
 from flylora.lab.training.interrupt import TrainingInterrupted
 from flylora.lab.training.record import TrainRecord
+from flylora.lab.training.trainer import AdapterTrainer
 from flylora.models import load_model
 from flylora.records import adapter_fingerprint, read_record
 
@@ -116,6 +116,36 @@ def test_metrics_have_a_line_for_every_step_and_the_record_their_end(
     assert {"loss", "grad_norm", "learning_rate", "seconds"} <= set(lines[0])
     assert record.final_loss == lines[-1]["loss"]
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+
+
+@pytest.mark.parametrize(("method", "rate"), [("flylora", 3e-3), ("lora", 1e-3)])
+def test_the_record_names_the_rate_that_a_method_has_by_default(
+    config: Callable[..., TrainConfig], tmp_path: Path, method: str, rate: float
+) -> None:
+    record = train(config(method=method, warmup_ratio=0.0, schedule="constant"))
+    assert record.config["lr"] == rate
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["learning_rate"] for line in lines} == {rate}
+
+
+@pytest.mark.parametrize("logging_steps", [4, 100])
+def test_the_last_steps_have_a_loss_however_seldom_metrics_are_written(
+    config: Callable[..., TrainConfig], logging_steps: int
+) -> None:
+    assert train(config(logging_steps=logging_steps)).final_loss is not None
+
+
+def test_the_validation_loss_is_per_token_whatever_the_micro_batch(
+    config: Callable[..., TrainConfig], tmp_path: Path, save_model: Callable[..., Path]
+) -> None:
+    model = str(save_model(initializer_range=0.5))  # losses that differ from item to item
+    settings = {"model": model, "steps": 1, "batch_size": 6, "eval_steps": 1, "eval_limit": 5, "lr": 1e-9}
+    measured = [
+        train(config(out=str(tmp_path / str(size)), micro_batch_size=size, **settings)).validation_loss
+        for size in (6, 3, 1)
+    ]
+    assert measured[0] is not None
+    assert measured[1:] == pytest.approx([measured[0]] * 2, rel=1e-5)
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(None, 3), (2.0, 6), (0.5, 2)])
@@ -227,6 +257,74 @@ def test_overwriting_replaces_the_run_but_only_once_the_new_one_can_start(
     assert adapter_fingerprint(tmp_path / "run") == first.adapter_fingerprint
     second = train(config(overwrite=True, seed=1))
     assert second.adapter_fingerprint == adapter_fingerprint(tmp_path / "run") != first.adapter_fingerprint
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"report_to": ["tensorbord"]}, "trainer refuses these settings"),
+        ({"max_length": 5}, "None of the 12 examples fits"),
+        ({"task": "capitols"}, "Unknown task"),
+        ({"method": "lora", "adapter": {"target_modules": ["lm_head"]}}, "trainer refuses these settings"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("finished", [True, False])
+def test_overwriting_with_settings_that_are_refused_leaves_the_run_as_it_was(
+    config: Callable[..., TrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    said: str,
+    finished: bool,
+) -> None:
+    if finished:
+        train(config())
+    else:
+        stop_at(config(), monkeypatch, 3)
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError, match=said):
+        train(config(overwrite=True, **changes))
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_overwriting_that_fails_before_the_first_checkpoint_puts_the_run_back(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    train(config())
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    before = contents(tmp_path / "run")
+
+    def fail() -> None:
+        assert not (tmp_path / "run" / "adapter_config.json").exists()
+        raise error
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, fail)
+        with pytest.raises(error):
+            train(config(overwrite=True, seed=1))
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_replaced_run_is_kept_until_the_new_one_is_finished(
+    config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = train(config())
+    aside = tmp_path / "run" / "replaced_run"
+    for _ in range(2):  # an unfinished run that is replaced in turn is not kept instead
+        with monkeypatch.context() as patch:
+            at_step(patch, 2, interrupt)
+            with pytest.raises(TrainingInterrupted, match=r"--resume instead of --overwrite.* is in .*replaced_run"):
+                train(config(overwrite=True, seed=1))
+        assert adapter_fingerprint(aside) == first.adapter_fingerprint
+    second = train(resumed(config(seed=1)))
+    assert second.adapter_fingerprint == adapter_fingerprint(tmp_path / "run") != first.adapter_fingerprint
+    assert not aside.exists()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -412,7 +510,7 @@ def test_the_loss_and_what_is_learnt_are_those_of_trl(
 ) -> None:
     adapter = {"flylora": {"r": 8, "k": 2, "dropout": 0.0}, "lora": {"r": 2, "lora_dropout": 0.0}}[method]
     train(config(out=str(tmp_path / "a"), method=method, adapter=adapter))
-    monkeypatch.delattr(_AdapterTrainer, "compute_loss")
+    monkeypatch.delattr(AdapterTrainer, "compute_loss")
     train(config(out=str(tmp_path / "b"), method=method, adapter=adapter))
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
     ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "b"))
@@ -424,13 +522,13 @@ def test_a_step_pads_its_micro_batches_by_length(
     config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes: list[tuple[int, ...]] = []
-    original = _AdapterTrainer.compute_loss
+    original = AdapterTrainer.compute_loss
 
-    def seen(self: _AdapterTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def seen(self: AdapterTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         shapes.append(tuple(inputs["input_ids"].shape))
         return original(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(_AdapterTrainer, "compute_loss", seen)
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", seen)
     train(config())
     steps = [shapes[at : at + 2] for at in range(0, len(shapes), 2)]
     assert all(first[1] >= second[1] for first, second in steps)

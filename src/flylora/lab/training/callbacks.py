@@ -66,6 +66,8 @@ class RunCallback(TrainerCallback):
                 stream.write(to_json_line(line))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The record's final loss needs the last steps, however seldom metrics are written.
+        control.should_log |= state.global_step >= state.max_steps
         if self.interrupt.requested:
             control.should_save = True
             control.should_training_stop = True

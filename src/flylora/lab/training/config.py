@@ -1,4 +1,4 @@
-"""What ``flylora train`` can be told. Imports no torch: the command line reads it to print its help."""
+"""Options of ``flylora train``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from flylora.errors import UserError
+from flylora.lab.training.presets import preset
 
 Schedule = Literal["linear", "cosine", "constant"]
 
-DEFAULT_LR = 3e-3
 DEFAULT_EPOCHS = 1.0
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_WARMUP_RATIO = 0.03
@@ -36,8 +36,8 @@ class TrainConfig:
         steps: Optimizer steps; give this or epochs.
         epochs: Passes over the training split, 1 unless steps are given.
         batch_size: Items per optimizer step, over all devices.
-        micro_batch_size: Items per forward pass; must divide batch_size, which it is if left out.
-        lr: Peak learning rate.
+        micro_batch_size: Items per forward pass. Must divide batch_size. Default: batch_size.
+        lr: Peak learning rate. Default: the method's own, 3e-3 for flylora and splitlora, 1e-3 for all others.
         warmup_ratio: Share of the steps over which the learning rate rises from 0.
         schedule: How the learning rate goes on after that: linear or cosine to 0, or constant.
         weight_decay: AdamW's decoupled weight decay.
@@ -68,7 +68,7 @@ class TrainConfig:
     epochs: float | None = None
     batch_size: int = DEFAULT_BATCH_SIZE
     micro_batch_size: int | None = None
-    lr: float = DEFAULT_LR
+    lr: float | None = None
     warmup_ratio: float = DEFAULT_WARMUP_RATIO
     schedule: Schedule = "linear"
     weight_decay: float = 0.0
@@ -89,7 +89,9 @@ class TrainConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ``UserError`` for values that cannot be meant."""
+        """Fills in the method's learning rate and raises ``UserError`` for invalid values."""
+        if self.lr is None:
+            object.__setattr__(self, "lr", preset(self.method).lr)
         if self.steps is not None and self.epochs is not None:
             raise UserError("Both steps and epochs are given: give one of them.")
         if self.resume and self.overwrite:

@@ -41,6 +41,8 @@ class Preset:
         optimizer: Makes the method's own optimizer from the adapted model, its config, learning rate and weight decay.
         callback: Makes what has to be called during training, from the adapted model.
         resumable: Whether a run can go on from a checkpoint.
+        lr: Peak learning rate where the user gives none. LoRA's, LoRA-FA's, Split-LoRA's and FlyLoRA's were measured
+            (docs/results.md); the other methods have LoRA's, which was not tuned for them.
     """
 
     kind: str
@@ -49,6 +51,7 @@ class Preset:
     optimizer: Callable[[PeftModel, PeftConfig, float, float], Optimizer] | None = None
     callback: Callable[[PeftModel], TrainerCallback] | None = None
     resumable: bool = True
+    lr: float = 1e-3
 
 
 def preset(method: str) -> Preset:
@@ -127,10 +130,10 @@ PRESETS = {
     "randlora": Preset("randlora"),
     "miss": Preset("miss"),
     "c3a": Preset("c3a", from_run=_c3a_block),
-    "splitlora": Preset("splitlora"),
+    "splitlora": Preset("splitlora", lr=3e-3),
     "hydralora": Preset("hydralora"),
     "sora": Preset("sora"),
     "lori": Preset("lori", from_run=_lori_phases),
     "droplora": Preset("droplora"),
-    "flylora": Preset("flylora", from_run=_flylora_phases),
+    "flylora": Preset("flylora", from_run=_flylora_phases, lr=3e-3),
 }

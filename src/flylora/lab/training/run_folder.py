@@ -2,14 +2,18 @@
 
 While a run goes on the folder holds its record (status ``running`` or ``interrupted``), metrics and checkpoints. The
 adapter's files appear only at the end, adapter_config.json last: no loader takes the folder for an adapter before.
+A run that is being replaced waits in the subfolder replaced_run until the new one is finished. It moves back if the new
+one fails before its first checkpoint.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +30,9 @@ _COMPLETE_MARK = "complete"
 _CONFIG_NAME = "adapter_config.json"
 # The config comes first because it is removed first and written last.
 _ADAPTER_FILES = (_CONFIG_NAME, "adapter_model.safetensors", "README.md", EXPERT_LOAD_FILE)
+_METRICS, _CHECKPOINTS = "metrics.jsonl", "checkpoints"
+# The record comes last: a folder with a record is a run, also while its files move.
+_RUN_FILES = (*_ADAPTER_FILES, _METRICS, _CHECKPOINTS, RECORD_NAME)
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,16 @@ class RunFolder:
 
     @property
     def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / _METRICS
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / _CHECKPOINTS
+
+    @property
+    def replaced(self) -> Path:
+        """Where a run waits that is being replaced."""
+        return self.path / "replaced_run"
 
     def earlier_run(self, config: TrainConfig) -> TrainRecord | None:
         """The record of the run this one continues; ``None`` if this one starts afresh.
@@ -53,7 +65,7 @@ class RunFolder:
             UserError: The folder holds another run, or other files, and the config does not say to replace the run.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path} is a file, but training writes a folder: choose another place.")
+            raise UserError(f"{self.path} is a file, but training writes a folder: choose another name.")
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return None
         if not self.record_path.is_file():
@@ -64,12 +76,12 @@ class RunFolder:
             return None
         record = read_record(self.record_path, TrainRecord)
         if not config.resume:
-            held, go_on = "a finished run", ""
+            what, go_on = "a finished run", ""
             if record.status != "complete":
-                held = f"a run that got to step {record.steps} of {record.total_steps}"
+                what = f"a run that got to step {record.steps} of {record.total_steps}"
                 go_on = "add --resume to go on, "
             raise UserError(
-                f"The folder {self.path} already holds {held}: choose another folder, {go_on}or add --overwrite to "
+                f"The folder {self.path} already holds {what}: choose another folder, {go_on}or add --overwrite to "
                 "replace it."
             )
         asked = json.loads(json.dumps(config.deciding()))
@@ -113,15 +125,53 @@ class RunFolder:
                     lines.append(json.loads(line))
         return lines
 
-    def discard_unless_resumable(self) -> None:
-        """After a failure: leaves nothing of a run that has no checkpoint to resume from."""
-        if self.last_checkpoint() is not None:
+    def set_aside(self) -> None:
+        """Moves the run that is here out of the way of a new one. [`discard_unless_resumable`] moves it back.
+
+        Where a finished run waits already, an unfinished one that was to replace it is removed instead.
+        """
+        if not self.record_path.is_file():
             return
+        with saving(self.path):
+            if (self.replaced / RECORD_NAME).is_file():
+                if self._is_complete() is False:
+                    self._remove_run()
+                    return
+                shutil.rmtree(self.replaced)
+            _move(_RUN_FILES, self.path, self.replaced)
+
+    @contextmanager
+    def undone_on_failure(self) -> Iterator[None]:
+        """While open, an error leaves a run to resume or what was here before."""
+        try:
+            yield
+        except BaseException:
+            if is_main_process():
+                self.discard_unless_resumable()
+            raise
+
+    def discard_unless_resumable(self) -> None:
+        """After a failure: removes a run that has no checkpoint to resume from, and moves back what it replaced."""
+        unfinished = not self.record_path.is_file() or self._is_complete() is False
+        if unfinished and self.last_checkpoint() is None:
+            self._remove_run()
+            if (self.replaced / RECORD_NAME).is_file():
+                _move(_RUN_FILES[::-1], self.replaced, self.path)
+        for path in (self.checkpoints, self.replaced, self.path):
+            with suppress(OSError):  # not there, or not empty: something else was put there
+                path.rmdir()
+
+    def _is_complete(self) -> bool | None:
+        """Whether the record here is of a finished run; ``None`` for a record that cannot be read."""
+        with suppress(UserError):
+            return read_record(self.record_path, TrainRecord).status == "complete"
+        return None
+
+    def _remove_run(self) -> None:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        for path in (self.record_path, self.metrics_path):
-            path.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: something else was put there
-            self.path.rmdir()
+        for name in _RUN_FILES:
+            if name != _CHECKPOINTS:
+                (self.path / name).unlink(missing_ok=True)
 
     def save_adapter(self, model: PeftModel, card: str, initial: Path | None = None) -> None:
         """Writes the adapter beside its place and moves it in, the config last.
@@ -151,11 +201,24 @@ class RunFolder:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def finish(self, record: TrainRecord) -> None:
-        """Writes the final record and removes the checkpoints, which nothing needs any more."""
+        """Writes the final record and removes what nothing needs any more: the checkpoints and a replaced run."""
         write_record(record, self.record_path)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+        shutil.rmtree(self.replaced, ignore_errors=True)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
     """The step a checkpoint was written after."""
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one of a data-parallel run that writes files."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _move(names: tuple[str, ...], source: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for name in names:
+        with suppress(FileNotFoundError):
+            (source / name).replace(target / name)
