@@ -62,7 +62,7 @@ def options(cls: type[C]) -> type[C]:
         except pydantic.ValidationError as error:
             raise _user_error(error, given, checked) from error
 
-    checked.__init__ = init
+    checked.__init__, checked.__doc__ = init, cls.__doc__
     return checked
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from flylora.errors import UserError
 from flylora.lab.training.presets import preset
+from flylora.options import options
 
 Schedule = Literal["linear", "cosine", "constant"]
 
@@ -21,6 +23,7 @@ DEFAULT_SAVE_STEPS = 100
 _NOT_IN_RESULT = frozenset({"out", "save_steps", "logging_steps", "report_to", "resume", "overwrite"})
 
 
+@options
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of one training run.
@@ -64,46 +67,38 @@ class TrainConfig:
     method: str = "flylora"
     adapter: dict[str, Any] = field(default_factory=dict)
     data_dir: str | None = None
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = DEFAULT_BATCH_SIZE
-    micro_batch_size: int | None = None
-    lr: float | None = None
-    warmup_ratio: float = DEFAULT_WARMUP_RATIO
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    batch_size: PositiveInt = DEFAULT_BATCH_SIZE
+    micro_batch_size: PositiveInt | None = None
+    lr: PositiveFloat | None = None
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = DEFAULT_WARMUP_RATIO
     schedule: Schedule = "linear"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_length: int | None = None
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: NonNegativeFloat = 1.0
+    max_length: PositiveInt | None = None
     chat_template: bool | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
-    seed: int = 0
-    train_limit: int | None = None
-    eval_steps: int | None = None
-    eval_limit: int | None = None
+    seed: NonNegativeInt = 0
+    train_limit: PositiveInt | None = None
+    eval_steps: PositiveInt | None = None
+    eval_limit: PositiveInt | None = None
     gradient_checkpointing: bool = False
-    save_steps: int = DEFAULT_SAVE_STEPS
-    logging_steps: int = 1
+    save_steps: PositiveInt = DEFAULT_SAVE_STEPS
+    logging_steps: PositiveInt = 1
     report_to: list[str] = field(default_factory=list)
     resume: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Fills in the method's learning rate and raises ``UserError`` for invalid values."""
+        """Fills in the method's learning rate and raises ``UserError`` for fields that contradict each other."""
         if self.lr is None:
             object.__setattr__(self, "lr", preset(self.method).lr)
         if self.steps is not None and self.epochs is not None:
             raise UserError("Both steps and epochs are given: give one of them.")
         if self.resume and self.overwrite:
             raise UserError("Both resume and overwrite are given: go on with the run or replace it, not both.")
-        for name in ("steps", "epochs", "batch_size", "micro_batch_size", "lr", "max_length", "train_limit"):
-            _check(name, getattr(self, name), above=0)
-        for name in ("eval_steps", "eval_limit", "save_steps", "logging_steps"):
-            _check(name, getattr(self, name), above=0)
-        for name in ("weight_decay", "max_grad_norm", "warmup_ratio", "seed"):
-            _check(name, getattr(self, name), at_least=0)
-        if self.warmup_ratio >= 1:
-            raise UserError(f"warmup_ratio is a share of the steps, so it must be below 1, not {self.warmup_ratio}.")
         if self.batch_size % self.micro_batch:
             raise UserError(
                 f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}: choose one "
@@ -118,12 +113,3 @@ class TrainConfig:
     def deciding(self) -> dict[str, Any]:
         """The fields that decide what the adapter becomes."""
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in _NOT_IN_RESULT}
-
-
-def _check(name: str, value: float | None, *, above: float | None = None, at_least: float | None = None) -> None:
-    if value is None:
-        return
-    if above is not None and not (math.isfinite(value) and value > above):
-        raise UserError(f"{name} must be above {above:g}, not {value:g}.")
-    if at_least is not None and not (math.isfinite(value) and value >= at_least):
-        raise UserError(f"{name} must be at least {at_least:g}, not {value:g}.")
