@@ -292,8 +292,10 @@ class TestHostilePrograms:
         )
         child = os.fork()
         if child == 0:
-            run_tests(program, "f", "", limits=Limits(wall_seconds=300.0))
-            os._exit(0)
+            try:
+                run_tests(program, "f", "import time\ntime.sleep(300)", limits=Limits(wall_seconds=300.0))
+            finally:
+                os._exit(1)
         assert eventually(lambda: name in names_of_processes())
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
