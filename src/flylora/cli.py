@@ -111,13 +111,14 @@ def _calibrate(config: CalibrateConfig) -> None:
 
 
 def _study(options: StudyOptions) -> int:
-    from flylora.lab.study import study
+    from flylora.lab.study.run import run_study
     from flylora.lab.study.show import show_plan, show_study
+    from flylora.lab.study.workload import plan_study
 
     if options.plan:
-        show_plan(options)
+        show_plan(plan_study(options))
         return 0
-    result = study(options)
+    result = run_study(options)
     show_study(result)
     return EXIT_CELLS_FAILED if result.failed else 0
 

@@ -10,22 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from filelock import FileLock
 from rich.console import Console
 
 from flylora.cli import main
 from flylora.errors import UserError
-from flylora.lab.evaluation import EvalConfig
 from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.study import StudyOptions, load_study
+from flylora.lab.study import cells as working
 from flylora.lab.study import run as running
 from flylora.lab.study.plan import plan
-from flylora.lab.study.record import CellRecord
-from flylora.lab.study.run import StudyResult, Workbench, checksums, run_cell, run_study, same_settings, stored
+from flylora.lab.study.record import CellRecord, read_cell
+from flylora.lab.study.run import StudyResult, run_study
 from flylora.lab.training import TrainConfig, callbacks
 from flylora.lab.training.interrupt import TrainingInterrupted
-from flylora.models import load_model
 from flylora.records import adapter_fingerprint, read_record
 
 Save = Callable[..., Path]
@@ -46,13 +44,13 @@ def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was really done, as it is done."""
     calls: list[str] = []
     for name in WORK:
-        real = getattr(running, name)
+        real = getattr(working, name)
 
         def noting(config: Any, loaded: Any = None, *, real: Any = real, name: str = name) -> Any:
             calls.append(f"{name} {config.out}")
             return real(config, loaded)
 
-        monkeypatch.setattr(running, name, noting)
+        monkeypatch.setattr(working, name, noting)
     return calls
 
 
@@ -70,10 +68,10 @@ def test_every_cell_is_done_once_and_found_done_later(save: Save, worked: list[s
 
 
 def test_figures_are_those_of_the_commands(finished: Path) -> None:
-    place = finished / "cells/seed0/llama/fly/vowels"
-    evaluated = read_record(place / "eval-vowels/eval_record.json", EvalRecord)
-    assert evaluated.adapter_fingerprint == adapter_fingerprint(place / "train/adapter")
-    config = TrainConfig(**json.loads((place / "train/adapter/train_record.json").read_text())["config"])
+    folder = finished / "cells/seed0/llama/fly/vowels"
+    evaluated = read_record(folder / "eval-vowels/eval_record.json", EvalRecord)
+    assert evaluated.adapter_fingerprint == adapter_fingerprint(folder / "train/adapter")
+    config = TrainConfig(**json.loads((folder / "train/adapter/train_record.json").read_text())["config"])
     assert (config.steps, config.lr, config.method) == (2, 0.02, "flylora")
     figures = json.loads((finished / "results.json").read_text())["figures"]
     (loss,) = (
@@ -159,7 +157,7 @@ def test_a_failure_is_kept_until_a_retry_or_a_change(
     save: Save, content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(running, "train", lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck\nsecond line")))
+        patch.setattr(working, "train", lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck\nsecond line")))
         failed = go(save(), only="seed0/llama/lora/vowels/*")
     assert [record.error for record in failed.failed] == [
         "It stopped with RuntimeError: out of luck (the traceback is in its folder).",
@@ -260,8 +258,8 @@ def test_the_learning_rate_with_the_least_validation_loss_is_used(save: Save) ->
 def test_a_trial_that_diverged_is_not_chosen(save: Save) -> None:
     search = {"task": "vowels", "rates": [1e38, 0.05], "steps": 3, "limit": 4}
     path = save(lr_search=search, train={"steps": 2, "batch_size": 2}, merges={})
-    cells = go(path, only="lr/*").folder / "cells" / "lr" / "llama" / "fly"
-    diverged, choice = stored(cells / "1e+38" / "validation"), stored(cells / "choice")
+    folder = go(path, only="lr/*").folder
+    diverged, choice = (read_cell(folder, f"lr/llama/fly/{name}") for name in ("1e+38/validation", "choice"))
     assert diverged is not None
     assert diverged.result["loss"] is None
     assert choice is not None
@@ -275,49 +273,6 @@ def test_least_squares_reads_texts_of_the_tasks(save: Save) -> None:
     (merge,) = (record for record in result.records if record.cell_kind == "merge" and "/fly/" in record.name)
     assert [task["name"] for task in merge.inputs["texts"]] == ["vowels", "others"]
     assert merge.result["routed"] is True
-
-
-def test_a_cell_runs_alone_in_any_process(save: Save, tmp_path: Path) -> None:
-    cells = {cell.name: cell for cell in plan(load_study(save()))}
-    folder = tmp_path / "elsewhere"
-    name = "seed0/llama/fly/vowels"
-    early = run_cell(cells[f"{name}/eval-vowels"], folder)
-    assert early.error == f"It needs {name}/train, which has not run: run that first."
-    assert run_cell(cells[f"{name}/train"], folder).done
-    record = run_cell(cells[f"{name}/eval-vowels"], folder)
-    assert record.done
-    assert stored(folder / "cells" / name / "eval-vowels") == record
-
-
-def test_the_base_model_is_loaded_once_and_again_when_something_changed_it(
-    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loads = []
-    monkeypatch.setattr(running, "load_model", lambda *name: loads.append(name) or load_model(*name))
-    bench = Workbench()
-    asked = (str(tiny_model_dir), "float32", "cpu")
-    loaded = bench.model(*asked)
-    assert bench.model(*asked) is loaded
-    assert len(loads) == 1
-    before = checksums(loaded)
-    weight = loaded.model.model.layers[1].mlp.down_proj.weight
-    with torch.no_grad():
-        weight[0, 0] += 1
-    assert checksums(loaded) != before
-    again = bench.model(*asked)
-    assert again is not loaded
-    assert len(loads) == 2
-    assert checksums(again) == before
-
-
-def test_settings_are_the_same_when_their_results_are() -> None:
-    stored_config = {"model": "m", "task": "old/place.yaml", "lr": 0.1}
-    assert same_settings(stored_config, {**stored_config, "task": "new/place.yaml", "seed": 0}, TrainConfig)
-    assert not same_settings(stored_config, {**stored_config, "seed": 1}, TrainConfig)
-    assert not same_settings(stored_config, {**stored_config, "lr": 0.2}, TrainConfig)
-    sized = {**stored_config, "batch_size": 4}
-    assert not same_settings(sized, {**sized, "batch_size": 2}, TrainConfig)
-    assert same_settings(sized, {**sized, "batch_size": 2}, EvalConfig)
 
 
 def test_two_studies_cannot_run_in_one_folder(save: Save, finished: Path) -> None:

@@ -1,12 +1,16 @@
-"""What a cell leaves in its folder when it has been tried."""
+"""What a cell leaves in its folder when it has been tried, and where."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
-from flylora.records import Record
+from flylora.errors import UserError
+from flylora.lab.study.config import Study, StudyOptions
+from flylora.records import Record, read_record
 
+CELLS = "cells"
 CELL_RECORD = "cell.json"
 EVAL_RECORD = "eval_record.json"
 ADAPTER = "adapter"
@@ -40,3 +44,21 @@ class CellRecord(Record):
     def done(self) -> bool:
         """Whether there is a result."""
         return self.error is None
+
+
+def run_folder(study: Study, options: StudyOptions) -> Path:
+    """Where a study is kept."""
+    return Path(options.out) if options.out is not None else Path("runs") / study.name
+
+
+def cell_folder(run: Path, name: str) -> Path:
+    """The folder of one cell."""
+    return run / CELLS / name
+
+
+def read_cell(run: Path, name: str) -> CellRecord | None:
+    """The record of a cell; ``None`` if there is none that can be read."""
+    try:
+        return read_record(cell_folder(run, name) / CELL_RECORD, CellRecord)
+    except UserError:
+        return None

@@ -1,122 +1,121 @@
-"""Studies on the terminal: the plan, and what became of it. Imports no torch for the plan."""
+"""Studies on the terminal: the plan, and what became of it."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+import math
 
 from rich.console import Console
-from rich.markdown import Markdown
+from rich.table import Table
+from rich.text import Text
 
-from flylora.errors import UserError
-from flylora.lab.study.config import Study, StudyOptions
-from flylora.lab.study.plan import READ_PASSES, TRAIN_PASSES, Cell, Size, Sizes, planned
-from flylora.lab.study.record import CELL_RECORD, CellRecord
-from flylora.records import read_record
+from flylora.lab.study.results import Condition, Figure, Results, collect
+from flylora.lab.study.run import StudyResult
+from flylora.lab.study.tables import figures_of
+from flylora.lab.study.workload import StudyPlan
 
-if TYPE_CHECKING:
-    from flylora.lab.study.run import StudyResult
-
-
-def show_plan(options: StudyOptions, console: Console | None = None) -> None:
-    """Prints the cells of a study, how much each has to do and how long it may take, and runs nothing."""
-    console = console or Console(soft_wrap=True)
-    study, cells = planned(options)
-    folder = Path(options.out) if options.out is not None else Path("runs") / study.name
-    records = _records(folder, cells)
-    # A training that was resumed took longer than its last part.
-    done = {name: max(r.seconds, r.result.get("seconds", 0.0)) for name, r in records.items() if r.done}
-    sizes = Sizes(study, done).of(cells)
-    for cell in cells:
-        record = records.get(cell.name)
-        state = "" if record is None else "  done" if record.done else "  failed"
-        console.print(f"{cell.name}  {_size(sizes[cell.name])}{state}", markup=False, highlight=False)
-    left = [cell for cell in cells if cell.name not in done]
-    console.print(_total(cells, left, sizes), markup=False, highlight=False)
-    for line in _assumptions(study, sizes):
-        console.print(line, markup=False, highlight=False)
+_NAMED_CELLS = 12
 
 
-def show_study(result: StudyResult) -> None:
-    """Prints the tables of a study and where they are."""
-    console = Console()
-    console.print(Markdown((result.folder / "results.md").read_text(encoding="utf-8")))
-    console.print(f"The tables are in {result.folder}: results.md, results.csv and results.json.", markup=False)
-    if result.failed:
-        console.print(
-            f"{len(result.failed)} of {len(result.records)} cells failed; --retry-failed tries them again.",
-            style="red",
-            markup=False,
+def show_plan(plan: StudyPlan, console: Console | None = None) -> None:
+    """Prints how much there is to do in a study: one page, whatever its size."""
+    console = console or Console()
+    groups = plan.groups()
+    left = [cell.name for cell in plan.cells if cell not in plan.done]
+    timed = [seconds for name in left if (seconds := plan.seconds[name])]
+    names = [name for name in ("step", "method", "task") if name in groups and groups[name].any()]
+    names += ["cells", "done", *(["failed"] if groups.failed.any() else [])]
+    table = _table([*names, "tokens left", *(["time left"] if timed else [])], ("step", "method", "task"))
+    for row in groups.to_dict("records"):
+        amounts = [_count(row["tokens"]), _duration(row["seconds"])] if row["cells"] > row["done"] else ["–", "–"]
+        table.add_row(*(Text(str(row[name])) for name in names), *amounts[: 2 if timed else 1])
+    console.print(table)
+    unknown = sum(plan.tokens[name] is None for name in left)
+    text = f"{len(plan.cells)} cells, {len(plan.done)} done; {_count(sum(plan.tokens[name] or 0.0 for name in left))} "
+    text += "tokens left" + (f" and {unknown} cells of unknown size." if unknown else ".")
+    if timed:
+        untimed = sum(plan.seconds[name] is None for name in left)
+        text += f" About {_duration(sum(timed))} left, at the pace of cells of the same kind that are done"
+        text += f", without {untimed} cells of which none like it is done." if untimed else "."
+    elif left:
+        text += " Time is known once cells like these are done."
+    console.print(Text(text))
+    console.print(Text(f"Run folder: {plan.folder}. --only PATTERN runs some cells by their names, such as"))
+    shown = plan.cells if len(plan.cells) <= _NAMED_CELLS else [plan.cells[0], plan.cells[-1]]
+    for cell in shown:
+        console.print(Text(f"  {cell.name}"), overflow="fold")
+
+
+def show_study(result: StudyResult, console: Console | None = None) -> None:
+    """Prints the figures of a study and where its tables are."""
+    console = console or Console()
+    results = collect(result.study, result.folder)
+    for model in result.study.models:
+        table = _table(
+            ["method", "task", "adapter", "loss", "accuracy, %", "retention"], ("method", "task", "adapter"), model
         )
+        for row in _rows(results, model):
+            table.add_row(*map(Text, row))
+        console.print(table)
+    console.print(
+        Text(
+            f"Means over {len(result.study.seeds)} seeds ± standard deviation; loss is per answer token. All tables, "
+            f"with differences from the baseline: results.md, results.csv and results.json in {result.folder}."
+        )
+    )
+    if result.failed:
+        text = f"{len(result.failed)} of {len(result.records)} cells failed; --retry-failed tries them again."
+        console.print(Text(text, style="red"))
 
 
-def _records(folder: Path, cells: list[Cell]) -> dict[str, CellRecord]:
-    found = {}
-    for cell in cells:
-        path = folder / "cells" / cell.name / CELL_RECORD
-        if path.is_file():
-            try:
-                found[cell.name] = read_record(path, CellRecord)
-            except UserError:
-                continue  # it will be done again
-    return found
+def _rows(results: Results, model: str) -> list[list[str]]:
+    rows = []
+    merges = {merge: f"merged: {merge}" for merge in results.study.merges}
+    for method in ("", *results.study.methods):
+        for task, spec in results.study.tasks.items():
+            for evaluation in spec.evaluations:
+                for merge, adapter in ({"": "own adapter", **merges} if method else {"": "none"}).items():
+                    figures = {
+                        metric: figure
+                        for (of, on, metric), figure in figures_of(results, Condition(model, method, merge)).items()
+                        if (of, on) == (task, evaluation) and figure is not None
+                    }
+                    if figures:
+                        loss, accuracy = figures.get("loss"), figures.get("accuracy") or figures.get("pass@1")
+                        cells = [_brief(loss), _brief(accuracy), _brief(figures.get("retention"))]
+                        label = task if evaluation == task or len(spec.evaluations) == 1 else evaluation
+                        rows.append([method or "base model", label, adapter, *cells])
+    return rows
 
 
-def _size(size: Size) -> str:
-    if size.tokens is None:
-        return "tokens unknown"
-    if size.tokens == 0:
-        return "no tokens"
-    time = "" if size.seconds is None else f", {duration(size.seconds)}" + (" (measured)" if size.measured else "")
-    return f"{count(size.tokens)} tokens{time}"
+def _brief(figure: Figure | None) -> str:
+    if figure is None:
+        return "–"
+    digits = 1 if figure.metric not in ("loss", "retention") else 3
+    spread = "" if figure.deviation is None else f" ± {figure.deviation:.{digits}f}"
+    return f"{figure.mean:.{digits}f}{spread}"
 
 
-def _total(cells: list[Cell], left: list[Cell], sizes: dict[str, Size]) -> str:
-    known = [sizes[cell.name].tokens or 0.0 for cell in left]
-    unknown = sum(sizes[cell.name].tokens is None for cell in left)
-    times = [sizes[cell.name].seconds for cell in left]
-    time = sum(seconds for seconds in times if seconds is not None)
-    untimed = sum(seconds is None for seconds in times)
-    text = f"{len(cells)} cells, {len(cells) - len(left)} done; {count(sum(known))} tokens left"
-    text += f" and {unknown} cells of unknown size" if unknown else ""
-    if untimed == len(left) > 0:
-        return f"{text}; how long that takes is not known."
-    return f"{text}; about {duration(time)}" + (f" without {untimed} cells of unknown length" if untimed else "") + "."
+def _table(headings: list[str], labels: tuple[str, ...], title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1))
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in labels else "right", overflow="fold")
+    return table
 
 
-def _assumptions(study: Study, sizes: dict[str, Size]) -> list[str]:
-    lines = [
-        f"Assumed: {TRAIN_PASSES} floating-point operations per parameter and token in training, {READ_PASSES} in "
-        "evaluation; every item as long as it may be unless the study states its mean length; generated text as long "
-        "as it may be and at the pace of reading, which is too fast for generation; nothing for loading, and for "
-        "merges that read no text."
-    ]
-    for label, model in study.models.items():
-        if model.parameters is None or model.throughput is None:
-            lines.append(
-                f"{label}: the study does not state its parameters and throughput, so its times are those of cells "
-                "that are done, where there are any."
-            )
-        else:
-            lines.append(
-                f"{label}: {model.parameters:.3g} parameters at {model.throughput:.3g} floating-point operations a "
-                "second, as the study states."
-            )
-    if any(size.measured for size in sizes.values()):
-        lines.append("Times marked measured are those of this cell, or at the pace of cells like it that are done.")
-    return lines
-
-
-def count(value: float) -> str:
+def _count(value: float) -> str:
     """A number with a unit, such as 1.2 M."""
+    if math.isnan(value):
+        return "unknown"
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.3g} {unit}"
     return f"{value:.0f}"
 
 
-def duration(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     """A time with a unit, such as 1.5 h."""
+    if math.isnan(seconds):
+        return "unknown"
     for limit, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
         if seconds >= limit:
             return f"{seconds / limit:.1f} {unit}"

@@ -13,10 +13,10 @@ import yaml
 
 from flylora.errors import UserError
 from flylora.lab.study import StudyOptions, load_study
-from flylora.lab.study.config import CALIBRATED_MERGES, Study, narrowed, task_label, task_seed
+from flylora.lab.study.config import Study, task_label, task_seed
 from flylora.lab.study.plan import plan
-from flylora.lab.study.tables import Spot, is_papers_setup
-from flylora.merging.table import METHODS
+from flylora.lab.study.results import Condition, is_papers_setup
+from flylora.lab.study.study_file import narrowed
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 TABLES = [1, 2, 3, 6, 10, 11, 12, 13, 14, 15]
@@ -25,12 +25,12 @@ STUDIES = [*(f"table{n}" for n in TABLES), "fig1", "fig4", "smollm2", "smollm2_r
 Save = Callable[..., Path]
 
 
-def changed(content: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
+def changed(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     """The keys of a study with the one at a path such as ``methods.fly.lr`` set; None removes it."""
     content = copy.deepcopy(content)
-    *path, last = place.split(".")
+    *keys, last = path.split(".")
     inner = content
-    for key in path:
+    for key in keys:
         inner = inner[key]
     if value is None:
         del inner[last]
@@ -40,9 +40,9 @@ def changed(content: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "said"),
+    ("key", "value", "said"),
     [
-        ("nonsense", 1, "Unknown key 'nonsense' in the study"),
+        ("nonsense", 1, "Unknown key 'nonsense': choose from"),
         ("models", None, "models"),
         ("tasks", {}, "There are no tasks"),
         ("methods.fly.adaptor", {"r": 4}, "adaptor"),
@@ -57,7 +57,7 @@ def changed(content: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
         ("evaluation.limit", 0, "limit must be at least 1"),
         ("evaluation.adapter", "x", "itself decides 'adapter'"),
         ("baseline", "nobody", "baseline names 'nobody'"),
-        ("merges.average.method", "blend", "method"),
+        ("merges.average.method", "blend", "merges.average.method is 'blend'"),
         ("merges.average.methods", ["nobody"], "the merge average names 'nobody'"),
         ("merges.average.options", {"density": 2.0}, "density is 2.0"),
         ("merges.average.options", {"out": "x"}, "itself decides 'out'"),
@@ -74,11 +74,9 @@ def changed(content: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
         ("name", "a/b", "cannot be the name of a folder"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(
-    save: Save, content: dict[str, Any], place: str, value: Any, said: str
-) -> None:
+def test_invalid_values_are_refused(save: Save, content: dict[str, Any], key: str, value: Any, said: str) -> None:
     path = save()
-    path.write_text(yaml.safe_dump(changed(content, place, value), sort_keys=False))
+    path.write_text(yaml.safe_dump(changed(content, key, value), sort_keys=False))
     with pytest.raises(UserError) as error:
         load_study(path)
     text = str(error.value)
@@ -165,18 +163,14 @@ def test_the_baseline_can_be_another(save: Save) -> None:
 
 
 def test_seeds_of_tasks_are_apart_and_stay(save: Save) -> None:
-    found = {(task, seed): task_seed(task, seed) for task in ("a", "b", "c") for seed in range(20)}
-    assert len(set(found.values())) == 60
-    assert all(0 <= value < 2**31 for value in found.values())
+    seeds = {(task, seed): task_seed(task, seed) for task in ("a", "b", "c") for seed in range(20)}
+    assert len(set(seeds.values())) == 60
+    assert all(0 <= value < 2**31 for value in seeds.values())
     assert task_seed("gsm8k", 0) == 212362372
 
 
 def test_labels_of_tasks() -> None:
     assert [task_label(name) for name in ("mmlu:paper", "gsm8k", "some/where/mine.yaml")] == ["mmlu", "gsm8k", "mine"]
-
-
-def test_calibrated_merges_are_those_of_the_table() -> None:
-    assert {name for name, row in METHODS.items() if row.calibrated} == CALIBRATED_MERGES
 
 
 # --- the studies of this project -------------------------------------------------------------------------------------
@@ -223,15 +217,15 @@ def test_papers_figures_stand_beside_what_they_were_measured_with(table: Study) 
     for stated in table.paper.figures if table.paper else ():
         for evaluation in stated.values:
             (task,) = (label for label, spec in table.tasks.items() if evaluation in spec.evaluations)
-            spot = Spot(stated.model, stated.method, stated.merge or "", task, evaluation)
-            assert is_papers_setup(table, stated, spot)
+            condition = Condition(stated.model, stated.method, stated.merge or "", task, evaluation)
+            assert is_papers_setup(table, stated, condition)
             for smaller in (
                 StudyOptions("", steps=9),
                 StudyOptions("", eval_limit=9),
                 StudyOptions("", train_limit=9),
                 StudyOptions("", max_length=9),
             ):
-                assert not is_papers_setup(narrowed(table, smaller), stated, spot)
+                assert not is_papers_setup(narrowed(table, smaller), stated, condition)
 
 
 def test_the_smollm2_study_is_the_one_described() -> None:
@@ -253,8 +247,8 @@ def test_the_rates_of_the_smollm2_study_are_tried_with_the_same_budget() -> None
     assert after is not None
     assert after == dataclasses.replace(before, rates=[3e-4, *before.rates])
     for label in ("lora_r8", "lora_r32", "lora_fa"):
-        found, wanted = (study.train_config("smollm2-135m", label, "gsm8k", 0) for study in (rates, main))
-        assert found == wanted
+        tried, wanted = (study.train_config("smollm2-135m", label, "gsm8k", 0) for study in (rates, main))
+        assert tried == wanted
     for label, smaller in (("split_lora_4x8", "split_lora_smaller_lr"), ("flylora", "flylora_smaller_lr")):
         searched = main.train_config("smollm2-135m", label, "gsm8k", 0)
         assert rates.train_config("smollm2-135m", smaller, "gsm8k", 0) == dataclasses.replace(searched, lr=1e-3)

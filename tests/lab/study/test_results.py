@@ -14,17 +14,8 @@ import pytest
 from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.study import Study, load_study
 from flylora.lab.study.record import CELL_RECORD, EVAL_RECORD, CellRecord
-from flylora.lab.study.tables import (
-    Difference,
-    Figure,
-    Results,
-    Spot,
-    collect,
-    item_error,
-    metrics,
-    verdict,
-    write_tables,
-)
+from flylora.lab.study.results import Condition, Figure, Results, collect, item_error, metrics, verdict
+from flylora.lab.study.tables import write_tables
 from flylora.records import Provenance, write_record
 
 Save = Callable[..., Path]
@@ -61,7 +52,7 @@ def put(tmp_path: Path) -> Callable[..., None]:
     """Writes the records of a cell."""
 
     def write(name: str, record: EvalRecord | None = None, result: Any = None, **fields: Any) -> None:
-        place = tmp_path / "run/cells" / name
+        folder = tmp_path / "run/cells" / name
         kind = "eval" if record is not None else "train"
         cell = CellRecord(
             status="complete",
@@ -73,9 +64,9 @@ def put(tmp_path: Path) -> Callable[..., None]:
             seconds=1800.0,
             **fields,
         )
-        write_record(cell, place / CELL_RECORD)
+        write_record(cell, folder / CELL_RECORD)
         if record is not None:
-            write_record(record, place / EVAL_RECORD)
+            write_record(record, folder / EVAL_RECORD)
 
     return write
 
@@ -86,7 +77,31 @@ def collected(study: Study, tmp_path: Path) -> Results:
 
 FLY = "llama/fly/vowels/eval-vowels"
 LORA = "llama/lora/vowels/eval-vowels"
-AT_FLY, AT_LORA = Spot("llama", "fly", "", "vowels", "vowels"), Spot("llama", "lora", "", "vowels", "vowels")
+AT_FLY = Condition("llama", "fly", "", "vowels", "vowels")
+
+
+# Two-sided 95 % points of Student's t, as printed in statistical tables, by degrees of freedom.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 10: 2.228, 30: 2.042, 120: 1.980}
+
+
+@pytest.mark.parametrize("freedom", STUDENT)
+def test_intervals_are_those_of_the_tables(freedom: int) -> None:
+    figure = Figure(AT_FLY, "loss", dict(enumerate([1.0, -1.0, *[0.0] * (freedom - 1)])))
+    assert figure.interval is not None
+    assert figure.deviation is not None
+    low, high = figure.interval
+    assert low == -high
+    assert high * math.sqrt(figure.n) / figure.deviation == pytest.approx(STUDENT[freedom], abs=5e-4)
+
+
+def test_mean_deviation_and_interval() -> None:
+    figure = Figure(AT_FLY, "loss", {0: 1.0, 1: 2.0, 2: 6.0})
+    assert (figure.mean, figure.n) == (3.0, 3)
+    assert figure.deviation == pytest.approx(math.sqrt((4 + 1 + 9) / 2))  # sample, not population
+    half = 4.3027 * math.sqrt(7) / math.sqrt(3)
+    assert figure.interval == pytest.approx((3 - half, 3 + half), abs=1e-3)
+    alone = Figure(AT_FLY, "loss", {0: 2.0})
+    assert (alone.mean, alone.deviation, alone.interval, alone.n) == (2.0, None, None, 1)
 
 
 def test_means_deviations_and_paired_differences(save: Save, put: Callable[..., None], tmp_path: Path) -> None:
@@ -97,16 +112,15 @@ def test_means_deviations_and_paired_differences(save: Save, put: Callable[..., 
     results = collected(study, tmp_path)
     loss = results.at(AT_FLY, "loss")
     assert loss is not None
-    assert (loss.estimate.mean, loss.estimate.n) == (pytest.approx(1.2), 3)
-    assert loss.estimate.deviation == pytest.approx(math.sqrt((0.04 + 0.01 + 0.09) / 2))
+    assert (loss.mean, loss.n) == (pytest.approx(1.2), 3)
+    assert loss.deviation == pytest.approx(math.sqrt((0.04 + 0.01 + 0.09) / 2))
     (difference,) = results.differences
-    found = difference.figure.estimate
-    assert difference.figure.values == pytest.approx({0: -0.2, 1: -0.4, 2: -0.1})
-    assert found.mean == pytest.approx(-0.7 / 3)
+    assert difference.values == pytest.approx({0: -0.2, 1: -0.4, 2: -0.1})
+    assert difference.mean == pytest.approx(-0.7 / 3)
     deviation = math.sqrt(((0.1 / 3) ** 2 + (0.5 / 3) ** 2 + (0.4 / 3) ** 2) / 2)
-    assert found.deviation == pytest.approx(deviation)
+    assert difference.deviation == pytest.approx(deviation)
     half = 4.30265 * deviation / math.sqrt(3)
-    assert found.interval == pytest.approx((-0.7 / 3 - half, -0.7 / 3 + half), abs=1e-4)
+    assert difference.interval == pytest.approx((-0.7 / 3 - half, -0.7 / 3 + half), abs=1e-4)
     assert verdict(difference) == "not told apart"  # the interval holds 0, though every seed agrees
 
 
@@ -117,7 +131,7 @@ def test_differences_are_taken_at_shared_seeds_alone(save: Save, put: Callable[.
     put(f"seed0/{LORA}", evaluation([2.0, 2.0]))
     results = collected(study, tmp_path)
     (difference,) = results.differences
-    assert difference.figure.values == {0: -1.0}
+    assert difference.values == {0: -1.0}
     assert verdict(difference) == "one seed: no interval"
     text = (write_tables(study, tmp_path / "run"), (tmp_path / "run/results.md").read_text())[1]
     row = next(line for line in text.splitlines() if line.startswith("| fly | vowels: loss"))
@@ -139,7 +153,7 @@ def test_differences_are_taken_at_shared_seeds_alone(save: Save, put: Callable[.
     ],
 )
 def test_verdicts(metric: str, values: tuple[float, ...], error: float | None, said: str) -> None:
-    assert verdict(Difference(Figure(AT_FLY, metric, dict(enumerate(values))), error)) == said
+    assert verdict(Figure(AT_FLY, metric, dict(enumerate(values)), item_error=error)) == said
 
 
 def test_errors_over_items() -> None:
@@ -161,16 +175,15 @@ def test_retention_and_points_lost_of_merges(save: Save, put: Callable[..., None
     for task, merged, score in (("vowels", 1.5, 0.5), ("others", 1.75, 0.0)):
         put(f"base/llama/{task}/eval-{task}", evaluation([2.0, 2.0], [0.0, 0.0]))
         put(f"seed0/llama/fly/{task}/eval-{task}", evaluation([1.0, 1.0], [1.0, 1.0]))
-        place = f"seed0/llama/fly/merge-average/eval-{task}-{task}"
-        put(place, evaluation([merged, merged], [2 * score, 0.0]))
+        put(f"seed0/llama/fly/merge-average/eval-{task}-{task}", evaluation([merged, merged], [2 * score, 0.0]))
     put("seed0/llama/fly/merge-average/merge", result={"routed": True})
     results = collected(study, tmp_path)
-    spot = Spot("llama", "fly", "average", "vowels", "vowels")
-    kept, lost = results.at(spot, "retention"), results.at(spot, "points_lost")
+    condition = Condition("llama", "fly", "average", "vowels", "vowels")
+    kept, lost = results.at(condition, "retention"), results.at(condition, "points_lost")
     assert kept is not None
     assert lost is not None
     assert (kept.values, lost.values) == ({0: pytest.approx(0.5)}, {0: pytest.approx(50.0)})
-    mean = results.at(Spot("llama", "fly", "average"), "retention")
+    mean = results.at(Condition("llama", "fly", "average"), "retention")
     assert mean is not None
     assert mean.values == {0: pytest.approx((0.5 + 0.25) / 2)}
     write_tables(study, tmp_path / "run")
@@ -185,7 +198,7 @@ def test_a_mean_over_some_tasks_only_is_none(save: Save, put: Callable[..., None
         put(f"base/llama/{task}/eval-{task}", evaluation([2.0, 2.0]))
         put(f"seed0/llama/fly/{task}/eval-{task}", evaluation([1.0, 1.0]))
     put("seed0/llama/fly/merge-average/eval-vowels-vowels", evaluation([1.5, 1.5]))
-    assert collected(study, tmp_path).at(Spot("llama", "fly", "average"), "retention") is None
+    assert collected(study, tmp_path).at(Condition("llama", "fly", "average"), "retention") is None
 
 
 def test_papers_figures_stand_beside_the_same_setup_alone(
@@ -200,8 +213,8 @@ def test_papers_figures_stand_beside_the_same_setup_alone(
     put(f"seed0/{FLY}", evaluation([1.0, 1.0], [1.0, 0.0]))
 
     def figure(**changes: Any) -> float | None:
-        found = collected(load_study(save(**{"paper": paper, "evaluation": {}, **changes})), tmp_path)
-        at = found.at(AT_FLY, "accuracy")
+        results = collected(load_study(save(**{"paper": paper, "evaluation": {}, **changes})), tmp_path)
+        at = results.at(AT_FLY, "accuracy")
         assert at is not None
         return at.paper
 
@@ -221,9 +234,9 @@ def test_papers_figures_stand_beside_the_same_setup_alone(
 
 def test_metrics_of_code_are_its_rates() -> None:
     rates = {"pass@10": 0.5, "pass@1": 0.25, "strict": 1.0}
-    found = metrics(evaluation([1.0], [0.25], accuracies=rates))
-    assert found == {"loss": 1.0, "pass@1": 25.0, "pass@10": 50.0}
-    assert list(found) == ["loss", "pass@1", "pass@10"]
+    values = metrics(evaluation([1.0], [0.25], accuracies=rates))
+    assert values == {"loss": 1.0, "pass@1": 25.0, "pass@10": 50.0}
+    assert list(values) == ["loss", "pass@1", "pass@10"]
     assert metrics(evaluation([1.0], [0.25], accuracies={"strict": 1.0})) == {"loss": 1.0, "accuracy": 25.0}
 
 

@@ -1,0 +1,343 @@
+"""Running one cell: a plain function of a cell and a folder.
+
+It keeps nothing in the process, so whatever starts functions elsewhere, with the folder shared, can run the cells of a
+plan in any order that respects what they need.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flylora.errors import UserError
+from flylora.lab.evaluation import EvalConfig, evaluate
+from flylora.lab.study.plan import Cell
+from flylora.lab.study.record import ADAPTER, CELL_RECORD, EVAL_RECORD, CellRecord, cell_folder, read_cell
+from flylora.lab.tasks import Task, load_task
+from flylora.lab.training import TrainConfig, train
+from flylora.lab.training.record import RECORD_NAME, TrainRecord
+from flylora.merging import merge_adapters
+from flylora.merging.config import MergeConfig
+from flylora.models import LoadedModel, first_line, load_model, resolve_model
+from flylora.records import (
+    Record,
+    adapter_fingerprint,
+    file_sha256,
+    is_disk_full,
+    now,
+    provenance,
+    read_record,
+    write_record,
+    write_text,
+)
+
+logger = logging.getLogger(__name__)
+
+TRACEBACK = "traceback.txt"
+_CONFIGS: dict[str, type[Any]] = {"train": TrainConfig, "eval": EvalConfig, "merge": MergeConfig}
+_FOLDERS = ("out", "data_dir", "adapters")
+
+# Settings that decide no result: where things are (their contents are compared instead), what is shown or allowed.
+_NOT_IN_RESULT = frozenset(
+    {*_FOLDERS, "task", "calibrate", "resume", "overwrite", "report_to", "save_steps"}
+    | {"logging_steps", "allow_code_execution"}
+)
+_FIGURES = {  # of the record that each kind of cell's own command writes
+    "train": (
+        *("adapter_fingerprint", "trainable_parameters", "active_parameters", "paper_percent", "final_loss"),
+        *("validation_loss", "examples", "dropped", "learnt_tokens", "steps", "seconds", "dtype"),
+    ),
+    "eval": ("accuracy", "accuracies", "loss", "loss_tokens", "notes", "seconds", "dtype"),
+    "merge": ("exact", "routed", "parameters", "measured", "seconds"),
+}
+
+
+@dataclass
+class Cache:
+    """What cells run in one process share to save time; it decides no result."""
+
+    _loaded: tuple[tuple[str, str, str], LoadedModel, list[int]] | None = None
+    _tasks: dict[tuple[str, str | None], Task] = field(default_factory=dict)
+    _weights: dict[str, str] = field(default_factory=dict)
+    _hashes: dict[tuple[str, str | None, str], str] = field(default_factory=dict)
+
+    def model(self, name: str, dtype: str, device: str) -> LoadedModel:
+        """The base model, loaded unless the last cell left it exactly as it was loaded."""
+        key = (name, dtype, device)
+        if self._loaded is not None:
+            last, loaded, before = self._loaded
+            if last == key and checksums(loaded) == before:
+                return loaded
+            # Some methods write to the base model's own weights, and no two models need be in memory.
+            self.drop_model()
+        loaded = load_model(name, dtype, device)  # type: ignore[arg-type]
+        self._loaded = (key, loaded, checksums(loaded))
+        return loaded
+
+    def drop_model(self) -> None:
+        """Forgets the base model: the next cell loads it anew."""
+        self._loaded = None
+
+    def weights(self, name: str) -> str:
+        """What stands for a model's weights: the hash of local files, else its name on the hub."""
+        if name not in self._weights:
+            source = resolve_model(name)
+            folder = source.folder
+            files = [] if folder is None else sorted(folder.glob(source.gguf_file or "*.safetensors"))
+            self._weights[name] = file_sha256(*files) if files else source.path_or_hub_name
+        return self._weights[name]
+
+    def task(self, name: str, data_dir: str | None, *splits: str) -> dict[str, Any]:
+        """What stands for a task in a record: its name, version and hashes of its data."""
+        if (name, data_dir) not in self._tasks:
+            self._tasks[name, data_dir] = load_task(name, data_dir)
+        task = self._tasks[name, data_dir]
+        for split in splits:
+            if (name, data_dir, split) not in self._hashes:
+                self._hashes[name, data_dir, split] = task.data_hash(split)  # type: ignore[arg-type]
+        hashes = {split: self._hashes[name, data_dir, split] for split in splits}
+        return {"name": task.name, "version": task.version, "data": hashes}
+
+
+def checksums(loaded: LoadedModel) -> list[int]:
+    """A number for the names of a model's modules, and one for each tensor: they differ when the model does."""
+    sums = [hash(tuple(name for name, _ in loaded.model.named_modules()))]
+    for name, tensor in loaded.model.state_dict().items():
+        data = tensor.detach().reshape(-1).view(torch.uint8)
+        whole = len(data) - len(data) % 8
+        # As wide integers, whose overflow wraps, nothing has to be copied.
+        total = int(data[:whole].view(torch.int64).sum()) + int(data[whole:].sum())
+        sums.append(hash((name, tensor.dtype, tensor.shape, total)))
+    return sums
+
+
+def run_cell(cell: Cell, run: Path, cache: Cache | None = None, *, retry_failed: bool = True) -> CellRecord:
+    """Runs one cell, unless its record says that it is done.
+
+    Args:
+        cell: What to do.
+        run: Folder of the run; the cell works in cells/NAME there, and reads what it needs in those of other cells.
+        cache: What to share with other cells of this process.
+        retry_failed: Whether to try again what failed before and has not changed since.
+
+    Returns:
+        The record, which is also in the cell's folder and is written last. An error is recorded and not raised, except
+        that nothing can be written any more.
+
+    Raises:
+        TrainingInterrupted: On SIGINT or SIGTERM while training, with a checkpoint to go on from.
+    """
+    cache = cache or Cache()
+    folder = cell_folder(run, cell.name)
+    started, timer = now(), time.monotonic()
+    work = _Work(cell, run, cache)
+    config, inputs, result = cell.config, {}, {}
+    error = because_of = None
+    try:
+        because_of = work.broken_need()
+        if because_of is not None:
+            raise UserError(f"It needs {because_of}, which failed.")
+        config, inputs = work.config(), work.inputs()
+        earlier = read_cell(run, cell.name)
+        if earlier is not None and work.is_settled(earlier, config, inputs, retry_failed):
+            return earlier
+        for name in (CELL_RECORD, TRACEBACK):
+            (folder / name).unlink(missing_ok=True)
+        result = work.run(dict(config))
+    except Exception as problem:
+        if because_of is None:
+            cache.drop_model()  # an error may leave it changed
+        error = str(problem)
+        if not isinstance(problem, UserError):
+            error = f"It stopped with {type(problem).__name__}: {first_line(problem)} (the traceback is in its folder)."
+            write_text(folder / TRACEBACK, traceback.format_exc())
+    origin = provenance(
+        seeds={} if cell.seed is None else {"seed": cell.seed},
+        data_sha256={},
+        model_sha256=result.get("model_sha256", ""),
+    )
+    record = CellRecord(
+        status="complete",
+        provenance=dataclasses.replace(origin, started=started, finished=now()),
+        config=_without_folders(config),
+        name=cell.name,
+        cell_kind=cell.kind,
+        labels=cell.labels,
+        inputs=inputs,
+        result=result,
+        error=error,
+        because_of=because_of,
+        seconds=round(time.monotonic() - timer, 1),
+    )
+    write_record(record, folder / CELL_RECORD)
+    return record
+
+
+def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
+    """A config as it is recorded: readable on other machines."""
+    return {name: value for name, value in config.items() if name not in _FOLDERS}
+
+
+@dataclass
+class _Work:
+    """One cell where it runs."""
+
+    cell: Cell
+    folder: Path
+    cache: Cache
+
+    def needed(self) -> list[CellRecord]:
+        """The records of the cells that this one needs."""
+        records = [read_cell(self.folder, name) for name in self.cell.needs]
+        for name, record in zip(self.cell.needs, records, strict=True):
+            if record is None:
+                raise UserError(f"It needs {name}, which has not run: run that first.")
+        return [record for record in records if record is not None]
+
+    def broken_need(self) -> str | None:
+        """The first cell this one needs that has no result, traced back to the one that failed itself."""
+        return next((record.because_of or record.name for record in self.needed() if not record.done), None)
+
+    def config(self) -> dict[str, Any]:
+        """The cell's config with everything known that decides its result."""
+        chosen = [record.result["lr"] for record in self.needed()] if self.cell.kind == "train" else []
+        return {**self.cell.config, **({"lr": chosen[-1]} if chosen else {})}
+
+    def inputs(self) -> dict[str, Any]:
+        """What stands for the weights, data and adapters that the cell reads."""
+        config, kind = self.cell.config, self.cell.kind
+        inputs: dict[str, Any] = {} if kind == "choose" else {"model": self.cache.weights(config["model"])}
+        if kind == "train":
+            splits = ("train", "validation") if config["eval_steps"] else ("train",)
+            inputs["task"] = self.cache.task(config["task"], config["data_dir"], *splits)
+        elif kind == "eval":
+            inputs["task"] = self.cache.task(config["task"], config["data_dir"], config["split"])
+        elif kind == "merge":
+            inputs["texts"] = [self.cache.task(name, config["data_dir"], "train") for name in config["calibrate"]]
+        keys = ("loss",) if kind == "choose" else ("adapter_fingerprint", "lr")
+        if self.cell.needs:
+            inputs["needs"] = [{key: record.result.get(key) for key in keys} for record in self.needed()]
+        return _as_recorded(inputs)
+
+    def is_settled(
+        self, earlier: CellRecord, config: dict[str, Any], inputs: dict[str, Any], retry_failed: bool
+    ) -> bool:
+        """Whether an earlier record is this cell's, and its result is still there or it is not to be tried again."""
+        if earlier.because_of is not None or earlier.inputs != inputs:
+            return False
+        if not earlier.done:
+            # A failure may be due to anything, so anything that is different now is a reason to try again.
+            return not retry_failed and earlier.config == _as_recorded(_without_folders(config))
+        if not same_settings(earlier.config, config, _CONFIGS.get(self.cell.kind)):
+            return False
+        folder = cell_folder(self.folder, self.cell.name)
+        if self.cell.kind in ("train", "merge"):
+            with suppress(UserError):
+                return adapter_fingerprint(folder / ADAPTER) == earlier.result["adapter_fingerprint"]
+            return False
+        return self.cell.kind != "eval" or (folder / EVAL_RECORD).is_file()
+
+    def run(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Does the work and returns its figures."""
+        runs: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "train": self._train,
+            "choose": self._choose,
+            "eval": self._eval,
+            "merge": self._merge,
+        }
+        return runs[self.cell.kind](config)
+
+    def _loaded(self, config: dict[str, Any]) -> LoadedModel:
+        return self.cache.model(config["model"], config["dtype"], config["device"])
+
+    @property
+    def _adapter(self) -> Path:
+        return cell_folder(self.folder, self.cell.name) / ADAPTER
+
+    def _figures(self, record: Record) -> dict[str, Any]:
+        return {name: getattr(record, name) for name in _FIGURES[self.cell.kind]}
+
+    def _train(self, config: dict[str, Any]) -> dict[str, Any]:
+        asked = TrainConfig(**{**config, "out": str(self._adapter)})
+        loaded = self._loaded(config)
+        done = _go_on(self._adapter, asked, loaded)
+        if done is None:
+            shutil.rmtree(self._adapter, ignore_errors=True)
+            done = train(asked, loaded)
+        return {**self._figures(done), "lr": asked.lr, "model_sha256": done.provenance.model_sha256}
+
+    def _choose(self, config: dict[str, Any]) -> dict[str, Any]:
+        losses = {record.inputs["needs"][0]["lr"]: record.result["loss"] for record in self.needed()}
+        finite = {lr: loss for lr, loss in losses.items() if loss is not None}
+        if not finite:
+            raise UserError("The loss was not a finite number at any of the learning rates: try smaller ones.")
+        tried = [{"lr": lr, "validation_loss": losses[lr]} for lr in sorted(losses)]
+        return {"lr": min(finite, key=finite.__getitem__), "tried": tried}
+
+    def _eval(self, config: dict[str, Any]) -> dict[str, Any]:
+        adapter = str(cell_folder(self.folder, self.cell.needs[0]) / ADAPTER) if self.cell.needs else None
+        out = str(cell_folder(self.folder, self.cell.name) / EVAL_RECORD)
+        asked = EvalConfig(**{**config, "adapter": adapter, "out": out, "overwrite": True})
+        done = evaluate(asked, self._loaded(config))
+        return {**self._figures(done), "items": done.items_scored, "model_sha256": done.provenance.model_sha256}
+
+    def _merge(self, config: dict[str, Any]) -> dict[str, Any]:
+        adapters = [str(cell_folder(self.folder, name) / ADAPTER) for name in self.cell.needs]
+        asked = MergeConfig(**{**config, "adapters": adapters, "out": str(self._adapter), "overwrite": True})
+        done = merge_adapters(asked, self._loaded(config) if asked.calibrate else None)
+        return {**self._figures(done), "adapter_fingerprint": adapter_fingerprint(self._adapter)}
+
+
+def _go_on(out: Path, asked: TrainConfig, loaded: LoadedModel) -> TrainRecord | None:
+    """The end of an unfinished run of the same settings; ``None`` if there is none to go on with."""
+    try:
+        earlier = read_record(out / RECORD_NAME, TrainRecord)
+    except UserError:
+        return None
+    wanted = _as_recorded(asked.deciding())
+    if earlier.status == "complete" or any(earlier.config.get(key) != value for key, value in wanted.items()):
+        return None
+    try:
+        return train(dataclasses.replace(asked, resume=True), loaded)
+    except UserError as error:
+        if is_disk_full(error.__cause__ or error):
+            raise
+        # Other data or weights than before, or a method whose checkpoints do not hold all of its state.
+        logger.warning("%s It is started again.", error)
+        return None
+
+
+def same_settings(earlier: dict[str, Any], asked: dict[str, Any], cls: type[Any] | None) -> bool:
+    """Whether two configs mean the same result.
+
+    A setting that a newer version of the package knows and the earlier record does not is the same if it has its
+    default value; where things are (as opposed to what they are) does not matter, nor how many items share a forward
+    pass that trains nothing.
+    """
+    defaults = {} if cls is None else _defaults(cls)
+    ignored = _NOT_IN_RESULT if cls is TrainConfig else _NOT_IN_RESULT | {"batch_size"}
+    return all(
+        earlier.get(name, defaults.get(name)) == value
+        for name, value in _as_recorded(asked).items()
+        if name not in ignored
+    )
+
+
+def _defaults(cls: type[Any]) -> dict[str, Any]:
+    made = {f.name: f.default_factory() for f in dataclasses.fields(cls) if callable(f.default_factory)}
+    return made | {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+
+
+def _as_recorded(values: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(values))

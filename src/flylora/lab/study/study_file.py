@@ -1,0 +1,252 @@
+"""Reading a study file: its keys on top of those of the file it extends, checked, and narrowed by the options."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from flylora.errors import UserError
+from flylora.lab.study.config import ModelSpec, Override, Study, StudyOptions, TaskSpec
+from flylora.options import from_mapping, read_yaml
+
+# What the cells of a study set themselves.
+_SET_BY_STUDY = frozenset(
+    {"model", "task", "out", "adapter", "data_dir", "seed", "resume", "overwrite", "dtype", "device"}
+)
+_NOT_TRAIN = _SET_BY_STUDY | {"method", "report_to"}
+_NOT_EVALUATION = _SET_BY_STUDY | {"lm_eval"}
+_NOT_MERGE = _SET_BY_STUDY | {
+    *("adapters", "method", "calibrate", "evaluate", "eval_limit", "eval_split", "search", "model")
+}
+
+_LABEL = re.compile(r"[A-Za-z0-9][\w.+-]*")
+
+
+def load_study(path: str | Path) -> Study:
+    """The study that a YAML file describes, checked.
+
+    A file may begin with ``extends: other.yaml``: keys are then added to that file's, the file's own winning, and a key
+    without a value (null) taking that file's away. The name of a study that comes with flylora is a path as well.
+
+    Raises:
+        UserError: The file is missing, or not what it should be; the sentence begins with the file.
+    """
+    path = _packaged(Path(path))
+    try:
+        study = _relative_to_file(from_mapping(Study, _content(path, ())), path.parent)
+        check(study)
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+    return study
+
+
+def narrowed(study: Study, options: StudyOptions) -> Study:
+    """The study at the size, and with the baseline, that the options ask for."""
+    changes: dict[str, Any] = {}
+    if options.baseline is not None:
+        _check_labels("baseline", "methods", [options.baseline], study.methods)
+        changes["baseline"] = options.baseline
+    if options.model is not None:
+        label = re.sub(r"[^\w.+-]", "-", Path(options.model).name).lstrip(".-_") or "model"
+        changes["models"] = {label: ModelSpec(options.model)}
+    if options.seeds is not None:
+        changes["seeds"] = list(options.seeds)
+        _check_seeds(options.seeds)
+    tasks = study.tasks
+    if options.data_dir is not None:
+        changes["data_dir"] = options.data_dir
+        tasks = {label: dataclasses.replace(task, data_dir=None) for label, task in tasks.items()}
+    if study.lr_search is not None:
+        search = study.lr_search
+        changes["lr_search"] = dataclasses.replace(
+            search, steps=_least(search.steps, options.steps), limit=_least(search.limit, options.eval_limit)
+        )
+    names = ("steps", "batch_size", "micro_batch_size", "max_length", "train_limit")
+    train = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.batch_size is not None:
+        train.setdefault("micro_batch_size", None)  # the study's need not divide it
+    if train:
+        changes["overrides"] = [*study.overrides, Override(train)]
+    evaluation: dict[str, Any] = {} if options.eval_limit is None else {"limit": options.eval_limit}
+    if options.allow_code_execution:
+        evaluation["allow_code_execution"] = True
+    changes["evaluation"] = study.evaluation | evaluation
+    changes["tasks"] = {
+        label: dataclasses.replace(task, evaluation=task.evaluation | evaluation) for label, task in tasks.items()
+    }
+    changes["merges"] = {
+        label: dataclasses.replace(merge, evaluation=merge.evaluation | evaluation)
+        for label, merge in study.merges.items()
+    }
+    return dataclasses.replace(study, **changes)
+
+
+def _least(value: Any, limit: Any) -> Any:
+    return value if limit is None else limit if value is None else min(value, limit)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _packaged(path: Path) -> Path:
+    """The path itself, or the file of that name among the studies that come with flylora."""
+    own = Path(str(resources.files("flylora.lab") / "configs" / f"{path.name}.yaml"))
+    return own if len(path.parts) == 1 and not path.exists() and own.is_file() else path
+
+
+def _content(path: Path, within: tuple[Path, ...]) -> dict[str, Any]:
+    """The keys of a study file, on top of those of the file it extends."""
+    if not path.is_file():
+        raise UserError("There is no such study file: give the path of a YAML file.")
+    if path.resolve() in within:
+        raise UserError(f"{path} extends itself: remove that line.")
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise UserError("A study file must be keys with values, such as 'name: …': see docs/study.md.")
+    models = content.get("models")
+    for model in models.values() if isinstance(models, dict) else ():
+        for key in ("parameters", "throughput") if isinstance(model, dict) else ():
+            model.pop(key, None)  # older study files have them for estimates of time
+    if "extends" not in content:
+        return content
+    return _on_top(_content(path.parent / str(content.pop("extends")), (*within, path.resolve())), content)
+
+
+def _on_top(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _on_top(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _relative_to_file(study: Study, folder: Path) -> Study:
+    """The study with the paths it names made relative to the working directory instead of the file."""
+
+    def task_file(name: str) -> str:
+        return str(folder / name) if name.endswith((".yaml", ".yml")) else name
+
+    def data_folder(path: str | None) -> str | None:
+        return None if path is None else str(folder / Path(path).expanduser())
+
+    def task(spec: TaskSpec) -> TaskSpec:
+        names = [task_file(name) for name in spec.eval]
+        return dataclasses.replace(spec, train=task_file(spec.train), eval=names, data_dir=data_folder(spec.data_dir))
+
+    tasks = {label: task(spec) for label, spec in study.tasks.items()}
+    return dataclasses.replace(study, tasks=tasks, data_dir=data_folder(study.data_dir))
+
+
+# --- checking --------------------------------------------------------------------------------------------------------
+
+
+def check(study: Study) -> None:
+    """Checks what types cannot say: labels, settings, and that every config of the study can be made.
+
+    Raises:
+        UserError: Something does not fit.
+    """
+    for what in ("models", "methods", "tasks", "merges"):
+        if not getattr(study, what) and what != "merges":
+            raise UserError(f"There are no {what}: name at least one.")
+        for label in getattr(study, what):
+            if not _LABEL.fullmatch(label):
+                raise UserError(
+                    f"'{label}' cannot be a label in {what}: begin with a letter or digit and use letters, digits and "
+                    "the characters . _ + - only."
+                )
+    if not _LABEL.fullmatch(study.name):
+        raise UserError(f"The name '{study.name}' cannot be the name of a folder: use letters, digits, - and _.")
+    _check_seeds(study.seeds)
+    _check_settings("train", study.train, _NOT_TRAIN)
+    _check_settings("evaluation", study.evaluation, _NOT_EVALUATION)
+    for label, method in study.methods.items():
+        _check_settings(f"the train settings of {label}", method.train, _NOT_TRAIN)
+    for label, task in study.tasks.items():
+        _check_settings(f"the settings of {label}", task.settings, _NOT_TRAIN)
+        _check_settings(f"the evaluation of {label}", task.evaluation, _NOT_EVALUATION)
+        if len(task.evaluations) < len(task.eval):
+            raise UserError(f"Two evaluations of {label} have the same name: keep one.")
+    for label, merge in study.merges.items():
+        _check_settings(f"the options of {label}", merge.options, _NOT_MERGE)
+        _check_settings(f"the evaluation of {label}", merge.evaluation, _NOT_EVALUATION)
+        _check_labels(f"the merge {label}", "methods", merge.methods or [], study.methods)
+    if study.merges and len(study.tasks) < 2:
+        raise UserError("There is one task, so there is nothing to merge: leave merges out, or add a task.")
+    _check_labels("baseline", "methods", [study.baseline], study.methods)
+    for override in study.overrides:
+        _check_settings("overrides", override.train, _NOT_TRAIN)
+        _check_labels("overrides", "models", [override.model], study.models)
+        _check_labels("overrides", "methods", [override.method], study.methods)
+        _check_labels("overrides", "tasks", [override.task], study.tasks)
+    _check_search(study)
+    _check_paper(study)
+    _check_configs(study)
+
+
+def _check_seeds(seeds: Iterable[int]) -> None:
+    seeds = list(seeds)
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise UserError(f"The seeds are {seeds}, but must be different whole numbers from 0 on, at least one.")
+
+
+def _check_settings(what: str, settings: Mapping[str, Any], set_by_study: frozenset[str]) -> None:
+    for key in settings:
+        if key in set_by_study:
+            raise UserError(f"The study itself decides '{key}', so {what} cannot set it: remove it there.")
+
+
+def _check_labels(what: str, kind: str, labels: Iterable[str | None], known: Iterable[str]) -> None:
+    for label in labels:
+        if label is not None and label not in known:
+            raise UserError(f"{what} names '{label}', which is not among the {kind}: choose from {', '.join(known)}.")
+
+
+def _check_search(study: Study) -> None:
+    search = study.lr_search
+    if search is None:
+        return
+    _check_labels("lr_search", "tasks", [search.task], study.tasks)
+    _check_labels("lr_search", "methods", search.methods, study.methods)
+    _check_settings("lr_search", search.settings, _NOT_TRAIN)
+    for rates in (search.rates, *search.methods.values()):
+        if not rates or len(set(rates)) < len(rates) or not all(math.isfinite(rate) and rate > 0 for rate in rates):
+            raise UserError(f"lr_search has the rates {rates}, but needs different numbers above 0, at least one.")
+
+
+def _check_paper(study: Study) -> None:
+    evaluations = sorted({label for task in study.tasks.values() for label in task.evaluations})
+    for figures in study.paper.figures if study.paper is not None else ():
+        _check_labels("paper", "models", [figures.model], study.models)
+        _check_labels("paper", "methods", [figures.method], study.methods)
+        _check_labels("paper", "merges", [figures.merge], study.merges)
+        _check_labels("paper", "evaluations", figures.values, evaluations)
+        if figures.metric == "points_lost" and figures.merge is None:
+            raise UserError("paper has points_lost without a merge, but it is merging that loses them: name the merge.")
+
+
+def _check_configs(study: Study) -> None:
+    """Makes every config once, which checks its values."""
+    model, method, seed = next(iter(study.models)), next(iter(study.methods)), study.seeds[0]
+    some_task = next(iter(study.tasks))
+    for label in study.methods:
+        study.train_config(model, label, some_task, seed)
+    for override in study.overrides:
+        study.train_config(override.model or model, override.method or method, override.task or some_task, seed)
+    for label in study.merges:
+        study.merge_config(model, label, seed)
+    for label, task in study.tasks.items():
+        study.train_config(model, method, label, seed)
+        for evaluation in task.evaluations:
+            for merge in (None, *study.merges):
+                study.eval_config(model, label, evaluation, merge)

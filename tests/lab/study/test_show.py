@@ -1,0 +1,61 @@
+"""What a study shows fits a terminal of 80 columns, and a plan one page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from flylora.cli import main
+from flylora.lab.study import StudyOptions, load_study
+from flylora.lab.study.plan import planned
+from flylora.lab.study.record import run_folder
+from flylora.lab.study.run import StudyResult
+from flylora.lab.study.show import show_plan, show_study
+from flylora.lab.study.workload import plan_study
+
+Save = Callable[..., Path]
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+def page(show: Callable[[Console], None]) -> list[str]:
+    stream = io.StringIO()
+    show(Console(file=stream, width=80))
+    return stream.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_plan_of_every_study_is_a_page(path: Path) -> None:
+    if path.stem in ("arc_easy", "gsm8k", "code_alpaca", "paper"):
+        return  # tasks, and what studies have in common
+    plan = plan_study(StudyOptions(str(path)))
+    lines = page(lambda console: show_plan(plan, console))
+    assert len(lines) <= 40
+    text = "\n".join(lines)
+    assert "…" not in text
+    assert f"{len(plan.cells)} cells, 0 done" in text.replace("\n", " ")
+
+
+def test_a_small_plan_names_its_cells(save: Save) -> None:
+    options = StudyOptions(str(save()), only="seed0/*/fly/vowels/*")
+    lines = page(lambda console: show_plan(plan_study(options), console))
+    assert [line.strip() for line in lines[-2:]] == [cell.name for cell in planned(options)[1]]
+    assert "Time is known once cells like these are done." in " ".join(lines)
+
+
+def test_the_command_says_what_is_done(save: Save, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", str(save()), "--plan", "--out", str(finished), "--seeds", "0", "1"]) == 0
+    assert "30 cells, 16 done" in capsys.readouterr().out
+
+
+def test_the_figures_of_a_study_fit(save: Save, finished: Path) -> None:
+    options = StudyOptions(str(save()), out=str(finished))
+    study = load_study(options.study)
+    lines = page(lambda console: show_study(StudyResult(study, run_folder(study, options), []), console))
+    assert "…" not in "\n".join(lines)
+    rows = [line.split() for line in lines]
+    assert ["fly", "vowels", "merged:", "average"] in [row[:4] for row in rows]
+    assert ["base", "model", "others", "none"] in [row[:4] for row in rows]
