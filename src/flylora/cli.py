@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -25,6 +25,7 @@ from flylora import __version__
 from flylora.errors import UserError
 from flylora.export.config import ExportConfig
 from flylora.lab.evaluation.config import EvalConfig
+from flylora.lab.examples import PreviewOptions
 from flylora.lab.study.config import StudyOptions
 from flylora.lab.training.config import TrainConfig
 from flylora.lab.training.interrupt import TrainingInterrupted
@@ -33,29 +34,6 @@ from flylora.merging.config import CalibrateConfig, MergeConfig
 EXIT_CELLS_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-
-
-@dataclass(frozen=True)
-class PreviewConfig:
-    """What to preview.
-
-    Args:
-        model: Whose tokenizer to use: a folder, a .gguf file, a name on the hub, or smollm2-135m.
-        task: Name of a built-in task, or path of a task's YAML file.
-        data_dir: Folder that a YAML task's data files are relative to; the YAML file's own folder if left out.
-        split: Which part of the task's data.
-        n: How many examples to print.
-        chat_template: Whether prompts go through the tokenizer's chat template; the task's own choice if left out.
-        max_length: Longest item in tokens; the task's own if left out.
-    """
-
-    model: str
-    task: str
-    data_dir: str | None = None
-    split: Literal["train", "validation", "test"] = "train"
-    n: int = 3
-    chat_template: bool | None = None
-    max_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -123,16 +101,13 @@ def _study(options: StudyOptions) -> int:
     return EXIT_CELLS_FAILED if result.failed else 0
 
 
-def _preview(config: PreviewConfig) -> None:
+def _preview(config: PreviewOptions) -> None:
     from rich import print as show
 
-    from flylora.lab.data import render_preview
-    from flylora.lab.tasks import load_task
-    from flylora.models import load_tokenizer
+    from flylora.lab.examples import preview
+    from flylora.lab.show import preview_panels
 
-    task = load_task(config.task, config.data_dir)
-    tokenizer = load_tokenizer(config.model)
-    show(render_preview(task, tokenizer, config.n, config.split, config.chat_template, config.max_length))
+    show(preview_panels(preview(config)))
 
 
 def _inspect(config: InspectConfig) -> None:
@@ -170,7 +145,7 @@ COMMANDS = {
         "study",
         positional_help="the study's YAML file",
     ),
-    "preview": _Command(PreviewConfig, _preview, "print examples of a task with the trained tokens coloured"),
+    "preview": _Command(PreviewOptions, _preview, "print examples of a task with the trained tokens coloured"),
     "inspect": _Command(InspectConfig, _inspect, "show what a saved adapter is", positional="adapter"),
 }
 

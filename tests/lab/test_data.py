@@ -1,20 +1,17 @@
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Iterator
 from copy import deepcopy
 
 import pytest
 import torch
-from rich.console import Console
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from conftest import make_model, make_tokenizer
 from flylora.errors import UserError
-from flylora.lab.data import encode, encode_all, render_preview, sorted_micro_batches
-from flylora.lab.tasks import Example, Task
+from flylora.lab.data import encode, encode_all, sorted_micro_batches
+from flylora.lab.tasks import Example
 from flylora.texts import (
     IGNORED,
     CompletionCollator,
@@ -223,40 +220,3 @@ def test_micro_batches_hold_the_same_rows_with_less_padding(sizes: tuple[int, ..
     assert all(batch["attention_mask"].any(0).all() for batch in found)  # no column is padding alone
     if len(sizes) > 1:
         assert cells(found) < cells(batches)
-
-
-def _task(examples: list[Example], **changes: object) -> Task:
-    keys = {"name": "mine", "version": "3", "kind": "generate", "max_length": 40, **changes}
-    return Task(load=lambda split: examples, **keys)  # type: ignore[arg-type]
-
-
-def _printed(renderable: object, colour: bool) -> str:
-    console = Console(file=io.StringIO(), width=100, force_terminal=colour, color_system="standard" if colour else None)
-    console.print(renderable)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
-
-
-def test_the_preview_colours_what_is_trained_and_counts_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
-    examples = [EXAMPLE, Example("long", "p" * 50, "c", "c")]
-    preview = render_preview(_task(examples), tokenizer, 2)
-    plain = _printed(preview, colour=False)
-    encoded = encode(EXAMPLE, tokenizer, 40)
-    assert encoded is not None
-    assert "What is it?" in plain
-    assert "It is é.<|im_end|>" in plain
-    assert f"{len(encoded.input_ids)} tokens, 11 trained" in plain
-    assert "mine 3, train: 1 examples, 23 tokens (23.0 each, at most 23), 11 of them trained" in plain
-    assert "1 do not fit in 40 tokens and are dropped: long" in plain
-    coloured = re.findall(r"\x1b\[1;30;(?:42|102)m(.*?)\x1b\[0m", _printed(preview, colour=True))
-    assert coloured == [*" It is é.", "<|im_end|>"]
-
-
-def test_the_preview_takes_length_and_chat_template_from_the_task_or_from_the_caller(
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    chatting = _task([EXAMPLE], chat_template=True, max_length=99)
-    assert "assistant" in _printed(render_preview(chatting, tokenizer), colour=False)
-    assert "assistant" not in _printed(render_preview(chatting, tokenizer, chat_template=False), colour=False)
-    with pytest.raises(UserError, match="fits in 5 tokens"):
-        render_preview(chatting, tokenizer, max_length=5)

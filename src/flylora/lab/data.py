@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.console import Group, RenderableType
-from rich.panel import Panel
-from rich.text import Text
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from flylora.errors import UserError
-from flylora.lab.tasks.base import Example, Split, Task
-from flylora.texts import IGNORED, Encoded, encode_pair
+from flylora.lab.tasks.base import Example
+from flylora.texts import IGNORED, CompletionCollator, Encoded, encode_pair
 
 
 @dataclass(frozen=True)
@@ -92,91 +88,10 @@ def sorted_micro_batches(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[
     if len(batches) < 2:
         return [dict(batch) for batch in batches]
     rows = [
-        {name: value[row] for name, value in batch.items()} for batch in batches for row in range(len(batch["labels"]))
+        {name: batch[name][row, :length] for name in ("input_ids", "labels")}
+        for batch in batches
+        for row, length in enumerate(batch["attention_mask"].sum(1).tolist())
     ]
-    lengths = [length for batch in batches for length in batch["attention_mask"].sum(1).tolist()]
-    order = iter(sorted(range(len(rows)), key=lambda row: -lengths[row]))
-    found = []
-    for batch in batches:
-        chosen = [next(order) for _ in batch["labels"]]
-        longest = lengths[chosen[0]]
-        found.append(
-            {
-                name: pad_sequence(
-                    [rows[i][name][:longest] for i in chosen],
-                    batch_first=True,
-                    padding_value=IGNORED if name == "labels" else 0,
-                )
-                for name in batch
-            }
-        )
-    return found
-
-
-def render_preview(
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    n: int = 3,
-    split: Split = "train",
-    chat_template: bool | None = None,
-    max_length: int | None = None,
-) -> RenderableType:
-    """A few examples as a model is trained on them, the trained tokens in colour, and token counts of the whole split.
-
-    Neighbouring trained tokens differ in shade, so that their boundaries can be seen.
-
-    Args:
-        task: The task.
-        tokenizer: The model's tokenizer.
-        n: How many examples, drawn as ``Task.examples`` draws them.
-        split: Which split.
-        chat_template: Whether prompts go through the chat template; the task's own choice if left out.
-        max_length: In tokens; the task's own if left out.
-
-    Returns:
-        Something for ``rich.print``.
-    """
-    chat = task.chat_template if chat_template is None else chat_template
-    length = max_length or task.max_length
-    panels: list[RenderableType] = []
-    for example in task.examples(split, n):
-        encoded = encode(example, tokenizer, length, chat, task.truncate_prompt)
-        panels.append(_panel(example, encoded, tokenizer, length))
-    found = encode_all(task.examples(split), tokenizer, length, chat, task.truncate_prompt)
-    sizes = [len(item.input_ids) for item in found.items]
-    summary = Text(
-        f"{task.name} {task.version}, {split}: {len(sizes)} examples, {sum(sizes)} tokens "
-        f"({sum(sizes) / len(sizes):.1f} each, at most {max(sizes)}), {found.trained_tokens} of them trained"
-    )
-    if found.dropped:
-        shown = ", ".join(found.dropped_ids[:5]) + (", …" if found.dropped > 5 else "")
-        summary.append(f"\n{found.dropped} do not fit in {length} tokens and are dropped: {shown}", style="red")
-    return Group(*panels, summary)
-
-
-def _panel(
-    example: Example, encoded: Encoded | None, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> RenderableType:
-    if encoded is None:
-        return Panel(Text(f"does not fit in {max_length} tokens", style="red"), title=Text(example.id))
-    body = Text()
-    trained = [label != IGNORED for label in encoded.labels]
-    body.append(tokenizer.decode(encoded.input_ids[: trained.index(True)]), style="dim")
-    shades = ("bold black on green", "bold black on bright_green")
-    for number, piece in enumerate(_pieces(encoded.input_ids[trained.index(True) :], tokenizer)):
-        body.append(piece, style=shades[number % 2])
-    counts = f"{len(trained)} tokens, {sum(trained)} trained"
-    return Panel(body, title=Text(example.id), subtitle=counts, title_align="left", subtitle_align="right")
-
-
-def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The text of each token; tokens that share a character are one piece."""
-    waiting: list[int] = []
-    for token in ids:
-        waiting.append(token)
-        text = tokenizer.decode(waiting)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text
-            waiting = []
-    if waiting:
-        yield tokenizer.decode(waiting)
+    longest_first, collate = iter(sorted(rows, key=lambda row: -len(row["labels"]))), CompletionCollator()
+    dealt = [collate([next(longest_first) for _ in batch["labels"]]) for batch in batches]
+    return [{name: tensor.to(batches[0]["labels"].device) for name, tensor in batch.items()} for batch in dealt]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from flylora.lab.evaluation.record import EvalRecord
+from flylora.lab.examples import Preview, PreviewedExample
 from flylora.lab.training.record import TrainRecord
 
 
@@ -75,3 +77,32 @@ def _show(title: str, rows: dict[str, str]) -> None:
     for name, value in rows.items():
         table.add_row(Text(name), Text(value))  # not markup: names and paths may hold brackets
     Console().print(table)
+
+
+def preview_panels(preview: Preview) -> RenderableType:
+    """Examples in panels, the trained tokens in colour, and a line about all of the split.
+
+    Neighbouring trained tokens differ in shade, so that their boundaries can be seen.
+    """
+    lengths, dropped = preview.lengths, preview.dropped_ids
+    summary = Text(
+        f"{preview.task}, {preview.split}: {len(lengths)} examples, {sum(lengths)} tokens "
+        f"({sum(lengths) / len(lengths):.1f} each, at most {max(lengths)}), {preview.trained_tokens} of them trained"
+    )
+    if dropped:
+        names = ", ".join(dropped[:5]) + (", …" if len(dropped) > 5 else "")
+        summary.append(
+            f"\n{len(dropped)} do not fit in {preview.max_length} tokens and are dropped: {names}", style="red"
+        )
+    return Group(*(_example_panel(example, preview.max_length) for example in preview.shown), summary)
+
+
+def _example_panel(example: PreviewedExample, max_length: int) -> Panel:
+    if not example.tokens:
+        return Panel(Text(f"does not fit in {max_length} tokens", style="red"), title=Text(example.id))
+    body = Text().append(example.prompt, style="dim")
+    shades = ("bold black on green", "bold black on bright_green")
+    for number, piece in enumerate(example.trained):
+        body.append(piece, style=shades[number % 2])
+    counts = f"{example.tokens} tokens, {example.trained_tokens} trained"
+    return Panel(body, title=Text(example.id), subtitle=counts, title_align="left", subtitle_align="right")

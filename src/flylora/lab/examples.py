@@ -1,0 +1,137 @@
+"""What a task's examples look like to a model: their text, token by token, and how many tokens there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from flylora.lab.data import encode, encode_all
+from flylora.lab.tasks import Example, Split, Task, load_task
+from flylora.models import load_tokenizer
+from flylora.options import Count, options
+from flylora.texts import IGNORED
+
+
+@options
+@dataclass(frozen=True)
+class PreviewOptions:
+    """What to preview.
+
+    Args:
+        model: Whose tokenizer to use: a folder, a .gguf file, a name on the hub, or smollm2-135m.
+        task: Name of a built-in task, or path of a task's YAML file.
+        data_dir: Folder that a YAML task's data files are relative to; the YAML file's own folder if left out.
+        split: Which part of the task's data.
+        n: How many examples to show.
+        chat_template: Whether prompts go through the tokenizer's chat template; the task's own choice if left out.
+        max_length: Longest item in tokens; the task's own if left out.
+    """
+
+    model: str
+    task: str
+    data_dir: str | None = None
+    split: Split = "train"
+    n: Count = 3
+    chat_template: bool | None = None
+    max_length: Count | None = None
+
+
+@dataclass(frozen=True)
+class PreviewedExample:
+    """One example as a model is trained on it.
+
+    Attributes:
+        id: The example's id.
+        tokens: Of prompt, completion and the token that ends it; 0 if they do not fit.
+        prompt: The prompt as the model sees it.
+        trained: The text of each token that is learnt; tokens that share a character are one.
+        trained_tokens: How many tokens are learnt.
+    """
+
+    id: str
+    tokens: int = 0
+    prompt: str = ""
+    trained: tuple[str, ...] = ()
+    trained_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A few examples of one split, and token counts of all of it.
+
+    Attributes:
+        task: Name and version of the task.
+        max_length: Longest item in tokens.
+        shown: The examples that were asked for.
+        lengths: Tokens of each example of the split that fits.
+        trained_tokens: Tokens that are learnt, over all of these.
+        dropped_ids: The ids of the examples that do not fit.
+    """
+
+    task: str
+    split: Split
+    max_length: int
+    shown: list[PreviewedExample]
+    lengths: list[int]
+    trained_tokens: int
+    dropped_ids: list[str]
+
+
+def preview(config: PreviewOptions) -> Preview:
+    """Examples of a task as a model is trained on them.
+
+    Raises:
+        UserError: There is no such task or model, or no example fits.
+    """
+    task, tokenizer = load_task(config.task, config.data_dir), load_tokenizer(config.model)
+    return preview_task(task, tokenizer, config.n, config.split, config.chat_template, config.max_length)
+
+
+def preview_task(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    n: int = 3,
+    split: Split = "train",
+    chat_template: bool | None = None,
+    max_length: int | None = None,
+) -> Preview:
+    """As [`preview`], of a task and a tokenizer; see [`PreviewOptions`] for the other arguments."""
+    chat = task.chat_template if chat_template is None else chat_template
+    length = max_length or task.max_length
+    every = encode_all(task.examples(split), tokenizer, length, chat, task.truncate_prompt)
+    return Preview(
+        f"{task.name} {task.version}",
+        split,
+        length,
+        [_previewed(example, task, tokenizer, length, chat) for example in task.examples(split, n)],
+        [len(item.input_ids) for item in every.items],
+        every.trained_tokens,
+        every.dropped_ids,
+    )
+
+
+def _previewed(
+    example: Example, task: Task, tokenizer: PreTrainedTokenizerBase, length: int, chat: bool
+) -> PreviewedExample:
+    encoded = encode(example, tokenizer, length, chat, task.truncate_prompt)
+    if encoded is None:
+        return PreviewedExample(example.id)
+    prompt = sum(label == IGNORED for label in encoded.labels)
+    ids = encoded.input_ids
+    trained = tuple(_pieces(ids[prompt:], tokenizer))
+    return PreviewedExample(example.id, len(ids), tokenizer.decode(ids[:prompt]), trained, len(ids) - prompt)
+
+
+def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The text of each token; tokens that share a character are one piece."""
+    waiting: list[int] = []
+    for token in ids:
+        waiting.append(token)
+        text = tokenizer.decode(waiting)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text
+            waiting = []
+    if waiting:
+        yield tokenizer.decode(waiting)
