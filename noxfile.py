@@ -14,8 +14,11 @@ nox.options.sessions = ["versions"]
 nox.options.reuse_existing_virtualenvs = True
 
 VERSIONS = {
-    "lowest": ["torch==2.13.0", "transformers==5.4.0", "peft==0.21.0", "accelerate==1.10.0"],
-    "newest": ["torch==2.13.0", "transformers==5.24.0", "peft==0.21.2", "accelerate==1.15.0"],
+    "lowest": [
+        *("torch==2.13.0", "transformers==5.4.0", "peft==0.21.0", "accelerate==1.10.0", "safetensors==0.8.0"),
+        *("numpy==1.26.4", "pydantic==2.10.0", "PyYAML==6.0.1", "rich==13.0.0", "tqdm==4.66.3"),
+    ],
+    "newest": ["torch==2.13.0", "transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0"],
 }
 # What runs without the extra `lab`.
 LIBRARY_TESTS = [
