@@ -1,0 +1,87 @@
+"""The documentation: its Python runs on tiny models, and its links lead somewhere.
+
+A Python block after the comment ``<!-- not run: reason -->`` is only compiled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from saved_adapters import Save, fly
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+HUB_MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "meta-llama/Llama-3.1-8B")
+
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+LINK_TARGET = re.compile(r"^\[[^\]]+\]: (\S+)$", re.MULTILINE)
+LINK_BY_NAME = re.compile(r"\[[^\]]+\]\[([^\]]+)\]")
+
+
+def named(pages: list[Path]) -> list[object]:
+    return [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in pages]
+
+
+def python_blocks() -> Iterator[object]:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        blocks = re.findall(r"(<!-- not run: .+ -->\n)?```python\n(.*?)```", text, flags=re.DOTALL)
+        for number, (not_run, code) in enumerate(blocks, 1):
+            yield pytest.param(code, bool(not_run), id=f"{page.name}-{number}")
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.fixture
+def readers_folder(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory that the blocks assume: adapters named as in the examples, and a file of texts."""
+    for seed, name in enumerate(("capitals", "elements")):
+        save(name, fly(projection_seed=seed), seed)
+    texts = [f"Question: What is {n} and {n}?\nAnswer: {2 * n}".replace("\n", " ") for n in range(16)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory'")
+@pytest.mark.parametrize(("code", "not_run"), python_blocks())
+def test_python_in_the_documentation_runs(code: str, not_run: bool, readers_folder: Path, tiny_model_dir: Path) -> None:
+    for name in HUB_MODELS:
+        code = code.replace(name, tiny_model_dir.as_posix())
+    compiled = compile(code, "documentation", "exec")
+    if not not_run:
+        exec(compiled, {"__name__": "documentation"})
+
+
+@pytest.mark.parametrize("page", named(PAGES))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = dict(re.findall(r"^\[([^\]]+)\]: (\S+)$", text, flags=re.MULTILINE))
+    names = LINK_BY_NAME.findall(re.sub(r"`[^`]*`|```.*?```", "", text, flags=re.DOTALL))
+    assert set(names) == set(targets), "links by name, and the list of their targets"
+    for link in [*LINK.findall(text), *targets.values()]:
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+def test_the_readme_works_on_pypi_once_the_repository_has_an_address() -> None:
+    """PyPI shows the README alone, so its links must be absolute as soon as there is something to lead to."""
+    address = re.search(r'^Repository = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(link.startswith("https://") for link in LINK.findall(text)), "other links stand in the list of targets"
+    if address is not None:
+        assert all(target.startswith(address[1]) for target in LINK_TARGET.findall(text))
