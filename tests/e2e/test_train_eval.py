@@ -207,3 +207,15 @@ def test_an_adapter_on_another_base_or_corrupt_is_one_sentence(
     assert main([*words, "--model", str(tiny_model_dir)]) == 2
     assert "not a whole safetensors file" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "r.json").exists()
+
+
+def test_a_misspelt_tracker_leaves_the_finished_adapter(
+    train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train() == 0
+    before = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert train("--overwrite", "--report-to", "tensorbord") == 2
+    assert "tensorbord" in capsys.readouterr().err
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == before
+    assert not (tmp_path / "run" / "replaced_run").exists()

@@ -134,9 +134,9 @@ def test_a_prompt_is_cut_from_the_left_and_keeps_what_stands_around_it(tokenizer
 
 def test_items_that_do_not_fit_are_counted_and_named(tokenizer: PreTrainedTokenizerFast) -> None:
     examples = [Example(f"e{i}", "p" * i, "cc", "cc") for i in range(1, 8)]
-    found = encode_all(examples, tokenizer, 8)
-    assert [len(item.input_ids) for item in found.items] == [4, 5, 6, 7, 8]
-    assert (found.dropped, found.dropped_ids, found.trained_tokens) == (2, ["e6", "e7"], 15)
+    dealt = encode_all(examples, tokenizer, 8)
+    assert [len(item.input_ids) for item in dealt.items] == [4, 5, 6, 7, 8]
+    assert (dealt.dropped, dealt.dropped_ids, dealt.trained_tokens) == (2, ["e6", "e7"], 15)
     cut = encode_all(examples, tokenizer, 8, truncate_prompt=True)
     assert (len(cut.items), cut.dropped, cut.dropped_ids) == (7, 0, [])
 
@@ -205,18 +205,18 @@ def test_micro_batches_hold_the_same_rows_with_less_padding(sizes: tuple[int, ..
         return sum(batch["labels"].numel() for batch in batches)
 
     def rows_of(batches: list[dict[str, torch.Tensor]]) -> list[tuple[list[int], list[int]]]:
-        found = []
+        dealt = []
         for batch in batches:
             for ids, labels, mask in zip(*(batch[n] for n in ("input_ids", "labels", "attention_mask")), strict=True):
                 size = int(mask.sum())
                 assert mask.tolist() == [1] * size + [0] * (len(mask) - size)
                 assert labels[size:].tolist() == [IGNORED] * (len(mask) - size)
-                found.append((ids[:size].tolist(), labels[:size].tolist()))
-        return found
+                dealt.append((ids[:size].tolist(), labels[:size].tolist()))
+        return dealt
 
-    found = sorted_micro_batches(batches)
-    assert [len(batch["labels"]) for batch in found] == list(sizes)
-    assert sorted(rows_of(found)) == sorted(rows_of(batches))
-    assert all(batch["attention_mask"].any(0).all() for batch in found)  # no column is padding alone
+    dealt = sorted_micro_batches(batches)
+    assert [len(batch["labels"]) for batch in dealt] == list(sizes)
+    assert sorted(rows_of(dealt)) == sorted(rows_of(batches))
+    assert all(batch["attention_mask"].any(0).all() for batch in dealt)  # no column is padding alone
     if len(sizes) > 1:
-        assert cells(found) < cells(batches)
+        assert cells(dealt) < cells(batches)

@@ -50,11 +50,11 @@ TABLE_1: list[tuple[PeftConfig, str, int, int]] = [
 
 @pytest.mark.parametrize(("method", "percent", "trained", "active"), TABLE_1, ids=["r8", "r32", "split", "flylora"])
 def test_the_papers_table_1(method: PeftConfig, percent: str, trained: int, active: int, llama_8b: nn.Module) -> None:
-    found = count_parameters(method, llama_8b)
-    assert found.base == 8_030_261_248
-    assert f"{found.paper_percent:.2f}" == percent
-    assert (found.trained, found.active) == (trained, active)
-    assert found.active_percent == pytest.approx(100 * active / (8_030_261_248 + active))
+    count = count_parameters(method, llama_8b)
+    assert count.base == 8_030_261_248
+    assert f"{count.paper_percent:.2f}" == percent
+    assert (count.trained, count.active) == (trained, active)
+    assert count.active_percent == pytest.approx(100 * active / (8_030_261_248 + active))
     assert not any("lora" in name for name, _ in llama_8b.named_modules())  # left as it was
 
 
@@ -75,11 +75,11 @@ BY_HAND: dict[str, tuple[int, float]] = {
 
 @pytest.mark.parametrize("method", sorted(CONFIGS))
 def test_the_baselines_counted_by_hand(method: str) -> None:
-    found = count_parameters(config(method), meta_llama())
-    assert (found.trained, found.active) == BY_HAND[method]
+    count = count_parameters(config(method), meta_llama())
+    assert (count.trained, count.active) == BY_HAND[method]
     live = get_peft_model(llama(), config(method))
-    assert count_adapter(live, found.base) == found
-    assert sum(p.numel() for p in live.parameters() if p.requires_grad) == found.trained
+    assert count_adapter(live, count.base) == count
+    assert sum(p.numel() for p in live.parameters() if p.requires_grad) == count.trained
 
 
 @pytest.mark.parametrize(
@@ -94,8 +94,8 @@ def test_the_baselines_counted_by_hand(method: str) -> None:
     ids=str,
 )
 def test_flylora_counted_by_hand(changes: dict[str, Any], trained: int, active: int) -> None:
-    found = count_parameters(FlyLoraConfig(target_modules=["q_proj", "v_proj"], **changes), meta_llama())
-    assert (found.trained, found.active) == (trained, active)
+    count = count_parameters(FlyLoraConfig(target_modules=["q_proj", "v_proj"], **changes), meta_llama())
+    assert (count.trained, count.active) == (trained, active)
 
 
 def test_other_modules_that_train_are_counted_too() -> None:
@@ -111,15 +111,15 @@ def test_other_modules_that_train_are_counted_too() -> None:
 )
 def test_a_method_of_pefts_is_counted_as_peft_prints_it(method: PeftConfig) -> None:
     method.target_modules = {"q_proj", "v_proj"}
-    found = count_parameters(method, meta_llama())
+    count = count_parameters(method, meta_llama())
     trained, total = get_peft_model(llama(), method).get_nb_trainable_parameters()
-    assert found.trained == found.active == found.paper_active == trained
-    assert total >= found.base + trained
+    assert count.trained == count.active == count.paper_active == trained
+    assert total >= count.base + trained
 
 
 def test_dense_lori_is_all_of_b() -> None:
-    found = count_parameters(LoriConfig(r=4, target_modules=["q_proj", "v_proj"]), meta_llama())
-    assert found.trained == found.active == 4 * 96
+    count = count_parameters(LoriConfig(r=4, target_modules=["q_proj", "v_proj"]), meta_llama())
+    assert count.trained == count.active == 4 * 96
 
 
 def test_a_model_with_weights_is_refused() -> None:

@@ -24,9 +24,9 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def test_the_newest_whole_checkpoint_counts_by_number(folder: RunFolder) -> None:
-    found = folder.last_checkpoint()
-    assert found is not None
-    assert found.name == "checkpoint-10"
+    checkpoint = folder.last_checkpoint()
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-10"
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:

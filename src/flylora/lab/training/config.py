@@ -12,13 +12,6 @@ from flylora.errors import UserError
 from flylora.lab.training.presets import preset
 from flylora.options import options
 
-Schedule = Literal["linear", "cosine", "constant"]
-
-DEFAULT_EPOCHS = 1.0
-DEFAULT_BATCH_SIZE = 8
-DEFAULT_WARMUP_RATIO = 0.03
-DEFAULT_SAVE_STEPS = 100
-
 # Fields that may differ between a run and its continuation: they change what is shown or kept, never the adapter.
 _NOT_IN_RESULT = frozenset({"out", "save_steps", "logging_steps", "report_to", "resume", "overwrite"})
 
@@ -34,31 +27,31 @@ class TrainConfig:
         out: Folder for the adapter, its record and metrics.
         method: flylora, lora, rslora, dora, lorafa, pissa, adalora, vera, randlora, miss, c3a, splitlora, hydralora,
             sora, lori, droplora, or any other PEFT method by its name.
-        adapter: Options of the method, e.g. --adapter.r 16 --adapter.k 4; every field of its PEFT config is one.
-        data_dir: Folder that a YAML task's data files are relative to; the YAML file's own folder if left out.
+        adapter: Options of the method: fields of its PEFT config, e.g. --adapter.r 16 --adapter.k 4.
+        data_dir: Folder of a YAML task's data files. Default: the YAML file's folder.
         steps: Optimizer steps; give this or epochs.
-        epochs: Passes over the training split, 1 unless steps are given.
+        epochs: Passes over the training split. Default: 1.
         batch_size: Items per optimizer step, over all devices.
         micro_batch_size: Items per forward pass. Must divide batch_size. Default: batch_size.
         lr: Peak learning rate. Default: the method's own, 3e-3 for flylora and splitlora, 1e-3 for all others.
         warmup_ratio: Share of the steps over which the learning rate rises from 0.
-        schedule: How the learning rate goes on after that: linear or cosine to 0, or constant.
+        schedule: The learning rate after that: linear or cosine down to 0, or constant.
         weight_decay: AdamW's decoupled weight decay.
-        max_grad_norm: Gradients are clipped to this norm; 0 for no clipping.
-        max_length: Longest item in tokens; the task's own if left out. What cannot fit is dropped and counted.
-        chat_template: Whether prompts go through the tokenizer's chat template; the task's own choice if left out.
-        dtype: Of the base model; auto is bfloat16 where the device computes in it, else float32.
-        device: auto is the first GPU if there is one, else the CPU.
+        max_grad_norm: Gradients are clipped to this norm. 0: no clipping.
+        max_length: Longest item in tokens. Longer ones are left out and counted. Default: the task's own.
+        chat_template: Use the tokenizer's chat template for prompts. Default: the task's own choice.
+        dtype: Of the base model. auto: bfloat16 where the device computes in it, else float32.
+        device: Such as cpu or cuda:0. auto: the first GPU if there is one, else the CPU.
         seed: Of data order, dropout and initial adapter weights.
-        train_limit: Train on this many items, drawn at random; all if left out.
-        eval_steps: Measure the loss on the validation split every so many steps; never if left out.
-        eval_limit: Use this many validation items, drawn at random; all if left out.
+        train_limit: Train on this many items, drawn at random. Default: all.
+        eval_steps: Measure the loss on the validation split every so many steps. Default: never.
+        eval_limit: Use this many validation items, drawn at random. Default: all.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         save_steps: Keep a checkpoint to resume from every so many steps.
         logging_steps: Write a line of metrics every so many steps.
         report_to: Trackers to report to besides metrics.jsonl, e.g. tensorboard or wandb.
-        resume: Go on from the last checkpoint in out (and start from the beginning when there is none).
-        overwrite: Replace a run that out already holds.
+        resume: Go on from the last checkpoint in out, or from the beginning if there is none.
+        overwrite: Replace a run that is in out, once the new one is finished.
     """
 
     model: str
@@ -69,11 +62,11 @@ class TrainConfig:
     data_dir: str | None = None
     steps: PositiveInt | None = None
     epochs: PositiveFloat | None = None
-    batch_size: PositiveInt = DEFAULT_BATCH_SIZE
+    batch_size: PositiveInt = 8
     micro_batch_size: PositiveInt | None = None
     lr: PositiveFloat | None = None
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = DEFAULT_WARMUP_RATIO
-    schedule: Schedule = "linear"
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: NonNegativeFloat = 1.0
     max_length: PositiveInt | None = None
@@ -85,7 +78,7 @@ class TrainConfig:
     eval_steps: PositiveInt | None = None
     eval_limit: PositiveInt | None = None
     gradient_checkpointing: bool = False
-    save_steps: PositiveInt = DEFAULT_SAVE_STEPS
+    save_steps: PositiveInt = 100
     logging_steps: PositiveInt = 1
     report_to: list[str] = field(default_factory=list)
     resume: bool = False

@@ -19,7 +19,7 @@ from flylora.lab.data import EncodedSet, encode_all
 from flylora.lab.tasks import Split, Task, load_task
 from flylora.lab.training.callbacks import RunCallback
 from flylora.lab.training.card import model_card
-from flylora.lab.training.config import DEFAULT_EPOCHS, TrainConfig
+from flylora.lab.training.config import TrainConfig
 from flylora.lab.training.interrupt import TrainingInterrupted, catching_interrupts
 from flylora.lab.training.methods import Setup, method_config, set_up
 from flylora.lab.training.presets import Run, preset
@@ -147,7 +147,7 @@ def _total_steps(config: TrainConfig, items: int) -> int:
     if config.steps is not None:
         return config.steps
     per_epoch = math.ceil(items / config.batch_size)
-    return max(1, math.ceil((config.epochs or DEFAULT_EPOCHS) * per_epoch))
+    return max(1, math.ceil((config.epochs or 1) * per_epoch))
 
 
 def _run(

@@ -180,10 +180,8 @@ def _explain(error: Exception, model: PreTrainedModel, config: PeftConfig) -> Us
 
 def linear_names(model: torch.nn.Module) -> list[str]:
     """The last name component of every linear module, sorted: what target_modules may name."""
-    found = {
-        name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear | Conv1D)
-    }
-    return sorted(found)
+    linear = (name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear | Conv1D))
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def _guess(name: str, known: Any) -> str:
