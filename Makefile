@@ -31,7 +31,7 @@ $(VENV)/.setup-dev: $(VENV)/.setup
 setup: $(VENV)/.setup
 
 demo: $(VENV)/.setup
-	$(BIN)/python -m flylora.lab.demo
+	$(BIN)/flylora demo
 
 # The optional kernel, kept beside the packages; without a C++ compiler its tests are skipped.
 $(VENV)/.native: $(VENV)/.setup-dev src/flylora/kernels/cpu.cpp src/flylora/kernels/cpu.py

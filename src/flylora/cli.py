@@ -26,7 +26,7 @@ from flylora.errors import UserError
 from flylora.export.config import ExportConfig
 from flylora.lab.evaluation.config import EvalConfig
 from flylora.lab.examples import PreviewOptions
-from flylora.lab.study.config import StudyOptions
+from flylora.lab.study.config import DemoOptions, StudyOptions
 from flylora.lab.training.config import TrainConfig
 from flylora.lab.training.interrupt import TrainingInterrupted
 from flylora.merging.config import CalibrateConfig, MergeConfig
@@ -101,6 +101,15 @@ def _study(options: StudyOptions) -> int:
     return EXIT_CELLS_FAILED if result.failed else 0
 
 
+def _demo(options: DemoOptions) -> int:
+    from flylora.lab.demo import run_demo
+    from flylora.lab.study.show import show_study
+
+    result = run_demo(options)
+    show_study(result)
+    return EXIT_CELLS_FAILED if result.failed else 0
+
+
 def _preview(config: PreviewOptions) -> None:
     from rich import print as show
 
@@ -145,6 +154,7 @@ COMMANDS = {
         "study",
         positional_help="the study's YAML file",
     ),
+    "demo": _Command(DemoOptions, _demo, "train, evaluate and merge adapters on SmolLM2-135M, in about five minutes"),
     "preview": _Command(PreviewOptions, _preview, "print examples of a task with the trained tokens coloured"),
     "inspect": _Command(InspectConfig, _inspect, "show what a saved adapter is", positional="adapter"),
 }

@@ -1,120 +1,100 @@
-"""The demonstration, on a tiny model and two tasks."""
+"""The demonstration on a tiny model: a packaged study and a picture."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from flylora.lab import demo
-from flylora.lab.demo import STEPS, Demo, Row
+from flylora.lab.demo import DemoOptions, bars, run_demo
 from flylora.lab.evaluation.record import EvalRecord
+from flylora.lab.study import cells, load_study
+from flylora.lab.study.study_file import PACKAGED
 from flylora.lab.tasks import arithmetic, python_output, task_names
 from flylora.records import adapter_fingerprint, read_record
 
-TASKS = {"python_output": 2, "arithmetic": 2}
+QUIET = Console(quiet=True)
+MERGES = ("average", "least_squares")
 
 
 @pytest.fixture
-def make(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Demo:
+def options(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoOptions:
+    """The demonstration with two of its tasks and a tiny model."""
     for module in (arithmetic, python_output):  # the tiny model's tokens are bytes, so items are long
         monkeypatch.setattr(module, "TASK", dataclasses.replace(module.TASK, max_length=300))
-    monkeypatch.setattr(demo, "CALIBRATION_TEXTS", 4)
-    console = Console(file=io.StringIO(), width=200)
-    return Demo(tmp_path / "demo", str(tiny_model_dir), dict(TASKS), test_limit=4, console=console)
-
-
-def shown(made: Demo) -> str:
-    assert isinstance(made.console.file, io.StringIO)
-    return made.console.file.getvalue()
-
-
-def check(rows: list[Row], out: Path) -> None:
-    assert [row.task for row in rows] == list(TASKS)
-    results = json.loads((out / "results.json").read_text())
-    for row in rows:
-        for name, record in (("base", row.base), ("adapted", row.adapted)):
-            assert read_record(out / row.task / f"{name}.json", EvalRecord) == record
-        assert row.adapted.adapter_fingerprint == adapter_fingerprint(out / row.task / "adapter")
-        told = results["tasks"][row.task]
-        assert (told["base_accuracy"], told["adapter_accuracy"]) == (row.base.accuracy, row.adapted.accuracy)
-        assert told["test_items"] == 4
-        assert told["adapter_loss"] != told["base_loss"]
-        assert set(told["merged"]) == set(row.merged) == set(demo.MERGES)
-        for method, record in row.merged.items():
-            assert record.adapter_fingerprint == adapter_fingerprint(out / f"merged_{method}")
-            assert told["merged"][method]["accuracy"] == record.accuracy
-    table = (out / "results.md").read_text()
-    assert all(f"| {name} |" in table for name in TASKS)
-    assert "results.png" in table
-    assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
+    smaller = {
+        "extends": str(demo.STUDY),
+        "tasks": {"capitals": None, "elements": None},
+        "merges": {"least_squares": {"options": {"texts": 4}}},
+    }
+    monkeypatch.setattr(demo, "STUDY", tmp_path / "smaller.yaml")
+    demo.STUDY.write_text(yaml.safe_dump(smaller), encoding="utf-8")
+    return DemoOptions(str(tmp_path / "demo"), str(tiny_model_dir), steps=2, eval_limit=4)
 
 
 def test_every_built_in_task_is_shown() -> None:
-    assert set(STEPS) == set(task_names())
+    study = load_study("demo")
+    assert set(study.tasks) == set(task_names())
+    assert tuple(study.merges) == MERGES
+    steps = {task: study.train_config("smollm2-135m", "flylora", task, 0).steps for task in study.tasks}
+    assert steps == {"capitals": 50, "elements": 70, "arithmetic": 45, "python_output": 45}
+    seeds = {study.train_config("smollm2-135m", "flylora", task, 0).adapter["projection_seed"] for task in study.tasks}
+    assert len(seeds) == len(study.tasks)
 
 
-def test_results_are_those_of_the_records(make: Demo) -> None:
-    rows = make.run()
-    check(rows, make.out)
-    assert all(name in shown(make) for name in (*TASKS, "with adapter", "gain (points)"))
+def test_every_packaged_study_is_read_by_its_name() -> None:
+    assert {path.stem for path in PACKAGED.glob("*.yaml")} == {"demo"}
 
 
-def test_a_second_run_computes_nothing(make: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = make.run()
-    for name in ("train", "evaluate"):
-        monkeypatch.setattr(demo, name, lambda *arguments: pytest.fail("computed again"))
-    monkeypatch.setattr("flylora.models.load_model", lambda name: pytest.fail("loaded again"))
-    again = Demo(make.out, make.model, make.steps, make.test_limit, make.console).run()
-    assert again == first
+def test_results_are_those_of_the_records(options: DemoOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run_demo(options, QUIET)
+    assert not result.failed
+    out = Path(options.out)
+    model = next(iter(result.study.models))
+    series = bars(result.study, out)
+    assert list(series) == ["base model", "its own adapter", "all merged: average", "all merged: least squares"]
+    figures = json.loads((out / "results.json").read_text())["figures"]
+    for number, task in enumerate(("arithmetic", "python_output")):
+        folders = {"base model": f"base/{model}/{task}/eval-{task}"}
+        folders["its own adapter"] = f"seed0/{model}/flylora/{task}/eval-{task}"
+        folders |= {
+            f"all merged: {merge.replace('_', ' ')}": f"seed0/{model}/flylora/merge-{merge}/eval-{task}-{task}"
+            for merge in MERGES
+        }
+        for label, name in folders.items():
+            record = read_record(out / "cells" / name / "eval_record.json", EvalRecord)
+            assert record.items_scored == 4
+            assert record.accuracy is not None
+            assert (series[label][number].task, series[label][number].accuracy) == (task, 100 * record.accuracy)
+            assert record.loss in [f["mean"] for f in figures if (f["task"], f["metric"]) == (task, "loss")]
+        adapter = out / "cells" / f"seed0/{model}/flylora/{task}/train/adapter"
+        evaluated = read_record(out / "cells" / folders["its own adapter"] / "eval_record.json", EvalRecord)
+        assert evaluated.adapter_fingerprint == adapter_fingerprint(adapter)
+    assert {f["merge"] for f in figures if f["metric"] == "retention"} == set(MERGES)
+    assert "![accuracy of base model, adapters and merges](results.png)" in (out / "results.md").read_text()
+    assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
+
+    # A second run computes nothing, and does without the extra that draws.
+    for name in ("train", "evaluate", "merge_adapters", "load_model"):
+        monkeypatch.setattr(cells, name, lambda *arguments: pytest.fail("computed again"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with (console := Console(file=(out / "shown.txt").open("w"))).file:
+        assert run_demo(options, console).records == result.records
+    assert "pip install 'flylora[plot]'" in (out / "shown.txt").read_text()
 
 
-def test_a_stopped_run_goes_on_where_it_was(make: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = demo.evaluate, []
-
-    def stopping(config: object, loaded: object) -> EvalRecord:
-        calls.append(config)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(config, loaded)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(demo, "evaluate", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            make.run()
-    check(make.run(), make.out)
-    assert shown(make).count("The base model is evaluated already.") == 1
-    assert shown(make).count("The adapter is trained already.") == 1
-
-
-def test_other_settings_are_computed_anew(make: Demo) -> None:
-    first = make.run()
-    changed = Demo(make.out, make.model, {**TASKS, "arithmetic": 3}, make.test_limit, make.console)
-    second = changed.run()
-    check(second, make.out)
-    assert (second[0].base, second[0].training) == (first[0].base, first[0].training)
-    assert second[0].merged != first[0].merged
-    assert second[1].training.steps == 3
-    assert second[1].adapted.adapter_fingerprint != first[1].adapted.adapter_fingerprint
-
-
-def test_other_data_are_computed_anew(make: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = make.run()
-    monkeypatch.setattr(demo, "_same", lambda record, task, split: False)
-    second = make.run()
-    assert [row.adapted.adapter_fingerprint for row in second] == [row.adapted.adapter_fingerprint for row in first]
-    assert "evaluated already" not in shown(make)
-    assert "trained already" not in shown(make)
-
-
-@pytest.mark.parametrize(("error", "code"), [(demo.UserError("Bad."), 2), (KeyboardInterrupt(), 130)])
-def test_errors_become_exit_codes(error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Demo) -> list[Row]:
-        raise error
-
-    monkeypatch.setattr(Demo, "run", fail)
-    assert demo.main() == code
+def test_other_settings_are_computed_anew(options: DemoOptions) -> None:
+    first = run_demo(options, QUIET)
+    second = run_demo(dataclasses.replace(options, steps=3), QUIET)
+    prints = [
+        {record.name: record.result["adapter_fingerprint"] for record in result.records if record.cell_kind == "train"}
+        for result in (first, second)
+    ]
+    assert len(prints[0]) == 2
+    assert all(prints[0][name] != prints[1][name] for name in prints[0])

@@ -354,6 +354,24 @@ class StudyOptions:
     allow_code_execution: bool = False
 
 
+@options
+@dataclass(frozen=True)
+class DemoOptions:
+    """How to run the demonstration, which is the packaged study ``demo`` and a picture of its accuracies.
+
+    Args:
+        out: Folder for the run. What is done there is not done again.
+        model: Use this model in place of SmolLM2-135M.
+        steps: Train for this many steps on each task.
+        eval_limit: Evaluate on this many items of each task.
+    """
+
+    out: str = "runs/demo"
+    model: str | None = None
+    steps: Count | None = None
+    eval_limit: Count | None = None
+
+
 def task_label(name: str) -> str:
     """A short label of a task: the file's name without its ending, or the name without its variant."""
     return Path(name).stem if name.endswith((".yaml", ".yml")) else name.partition(":")[0]

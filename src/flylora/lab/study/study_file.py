@@ -24,6 +24,8 @@ _NOT_MERGE = _SET_BY_STUDY | {
     *("adapters", "method", "calibrate", "evaluate", "eval_limit", "eval_split", "search", "model")
 }
 
+PACKAGED = Path(str(resources.files("flylora.lab") / "configs"))
+"""The folder of the studies that come with flylora."""
 _LABEL = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
@@ -96,7 +98,7 @@ def _least(value: Any, limit: Any) -> Any:
 
 def _packaged(path: Path) -> Path:
     """The path itself, or the file of that name among the studies that come with flylora."""
-    own = Path(str(resources.files("flylora.lab") / "configs" / f"{path.name}.yaml"))
+    own = PACKAGED / f"{path.name}.yaml"
     return own if len(path.parts) == 1 and not path.exists() and own.is_file() else path
 
 
