@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from flylora.adapter_folder import read_adapter
-from flylora.export import ExportConfig, export
 from flylora.lab.evaluation.retention import item_losses, retention
+from flylora.lab.exporting import ExportConfig, export
 from flylora.lab.tasks import load_task
 from flylora.models import LoadedModel, load_model
 from flylora.records import write_text

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flylora.kernels import cpu as native
 
-pytest_plugins = ["saved_adapters"]
+pytest_plugins = ["exported_adapters", "saved_adapters"]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

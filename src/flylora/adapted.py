@@ -17,6 +17,10 @@ from flylora.errors import UserError
 from flylora.models import LoadedModel, first_line, take_off
 from flylora.records import TRAIN_RECORD, adapter_fingerprint
 
+OTHER_WEIGHTS = (
+    "The adapter was trained on a base model with other weights (their hash differs from the one in its record)."
+)
+
 
 @contextmanager
 def adapted(loaded: LoadedModel, folder: Path) -> Iterator[tuple[PeftModel, str]]:
@@ -117,9 +121,9 @@ def changes_logits(model: PeftModel, input_ids: torch.Tensor) -> bool:
 
 
 def trained_on_other_weights(folder: Path, loaded: LoadedModel) -> bool:
-    """Whether the adapter's training record names a base model with other weights; ``False`` without a record."""
+    """Whether the adapter's training record names a base model with other weights; ``False`` if unknown."""
     path = folder / TRAIN_RECORD
-    if not path.is_file():
+    if not path.is_file() or not loaded.sha256:
         return False
     body = json.loads(path.read_text(encoding="utf-8"))
     return bool(body.get("provenance", {}).get("model_sha256", loaded.sha256) != loaded.sha256)

@@ -23,10 +23,11 @@ from jsonargparse import ArgumentParser
 
 from flylora import __version__
 from flylora.errors import UserError
-from flylora.export.config import ExportConfig
 from flylora.lab.evaluation.config import EvalConfig
 from flylora.lab.examples import PreviewOptions
 from flylora.lab.study.config import DemoOptions, StudyOptions
+from flylora.lab.exporting.config import ExportConfig
+from flylora.lab.study.config import StudyOptions
 from flylora.lab.training.config import TrainConfig
 from flylora.lab.training.interrupt import TrainingInterrupted
 from flylora.merging.config import CalibrateConfig, MergeConfig
@@ -68,8 +69,8 @@ def _eval(config: EvalConfig) -> None:
 
 
 def _export(config: ExportConfig) -> None:
-    from flylora.export import export
-    from flylora.export.show import show_export
+    from flylora.lab.exporting import export
+    from flylora.lab.exporting.show import show_export
 
     show_export(export(config))
 

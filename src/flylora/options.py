@@ -22,6 +22,7 @@ import functools
 import json
 import os
 import re
+import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
@@ -51,7 +52,10 @@ def options(cls: type[C]) -> type[C]:
         UserError: When an object is made of values that do not fit.
     """
     frozen = cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
-    checked: Any = pydantic.dataclasses.dataclass(cls, config=_CHECKS, frozen=frozen)
+    # Pydantic would make a class anew in place where a base is checked already, and cannot where it is frozen.
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    subclass = types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(names))
+    checked: Any = pydantic.dataclasses.dataclass(subclass, config=_CHECKS, frozen=frozen)
     check = checked.__init__
 
     @functools.wraps(check)

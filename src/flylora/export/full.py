@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from flylora.activations import modules_by_name
 from flylora.errors import UserError
-from flylora.export.config import SaveDType
-from flylora.export.factors import LinearFactors
+from flylora.export.linear import LinearFactors
+from flylora.export.options import SaveDType
 from flylora.models import first_line
 from flylora.records import progress, saving
 
@@ -29,38 +29,38 @@ def add_updates(model: nn.Module, factors: Sequence[LinearFactors], quiet: bool 
     Raises:
         UserError: a weight is quantized, shared with another module, or of another shape; nothing has changed then.
     """
-    modules = modules_by_name(model, [found.name for found in factors])
-    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for found in factors:
-        _check(found, modules[found.name], holders)
+    modules = modules_by_name(model, [update.name for update in factors])
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for update in factors:
+        _check(update, modules[update.name], uses)
     with progress("adding updates", len(factors), quiet) as advance, torch.no_grad():
-        for found in factors:
-            module = modules[found.name]
+        for update in factors:
+            module = modules[update.name]
             weight = module.weight
             assert isinstance(weight, torch.Tensor)
-            delta = (found.up @ found.down).to(weight.device)
+            delta = (update.up @ update.down).to(weight.device)
             wide = torch.promote_types(weight.dtype, torch.float32)
             weight.copy_(weight.to(wide).add_(delta.t() if isinstance(module, Conv1D) else delta))
             advance(1)
 
 
-def _check(found: LinearFactors, module: nn.Module, holders: Counter[int]) -> None:
+def _check(update: LinearFactors, module: nn.Module, uses: Counter[int]) -> None:
     weight = getattr(module, "weight", None)
     if not isinstance(module, (nn.Linear, Conv1D)) or weight is None or not weight.is_floating_point():
         raise UserError(
-            f"{found.name} is a {type(module).__name__} whose weight no update can be added to: export on the "
+            f"{update.name} is a {type(module).__name__} whose weight no update can be added to: export on the "
             "unquantized base model, or to lora."
         )
-    if holders[id(weight)] > 1:
+    if uses[id(weight)] > 1:
         raise UserError(
-            f"The weight of {found.name} is shared with another module, which the update is not meant for: export to "
-            "lora instead."
+            f"The weight of {update.name} is shared with another module, which the update would change too: export "
+            "to lora instead."
         )
-    shape = (found.up.shape[0], found.down.shape[1])
+    shape = (update.up.shape[0], update.down.shape[1])
     expected = tuple(weight.t().shape) if isinstance(module, Conv1D) else tuple(weight.shape)
     if shape != expected:
         raise UserError(
-            f"{found.name} is {expected[0]} x {expected[1]} in the base model and {shape[0]} x {shape[1]} in the "
+            f"{update.name} is {expected[0]} x {expected[1]} in the base model and {shape[0]} x {shape[1]} in the "
             "adapter: give the base model that the adapter was trained on."
         )
 

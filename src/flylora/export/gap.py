@@ -67,13 +67,13 @@ class GapMeter:
         """The gap of an export, whose texts and batches are those of [`record`]."""
         divergences, agreements, answers = [], 0, []
         with self.file.open("rb") as stream:
-            for found, is_answer in self._predictions(model, "gap: export"):
-                raw = bytearray(stream.read(found.numel() * 4))
-                expected = torch.frombuffer(raw, dtype=torch.float32).view(found.shape).to(found.device)
+            for actual, is_answer in self._predictions(model, "gap: export"):
+                raw = bytearray(stream.read(actual.numel() * 4))
+                expected = torch.frombuffer(raw, dtype=torch.float32).view(actual.shape).to(actual.device)
                 # Where the adapter gives no probability at all (-inf), nothing is added.
-                terms = torch.where(expected.isinf(), 0.0, expected.exp() * (expected - found))
+                terms = torch.where(expected.isinf(), 0.0, expected.exp() * (expected - actual))
                 divergences.append(terms.sum(dim=1, dtype=torch.float64).cpu())
-                agreements += int((expected.argmax(dim=1) == found.argmax(dim=1)).sum())
+                agreements += int((expected.argmax(dim=1) == actual.argmax(dim=1)).sum())
                 answers.append(is_answer.cpu())
         values, is_answer = torch.cat(divergences), torch.cat(answers)
         n, answered = len(values), values[is_answer]

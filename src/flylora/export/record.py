@@ -18,7 +18,7 @@ class ExportRecord(Record):
         adapter: path, fingerprint, kind and base model of what was exported, and whether it routes.
         to: lora or full. method: as it was used; ``exact`` for an adapter that does not route.
         rank: of the LoRA; None for a full model.
-        dtype: of the weights that were written. base_dtype: of the base model while it ran.
+        dtype: of the weights that were written. base_dtype: of the base model while it ran; None if it did not run.
         texts: for each source its name, which part was calibrated on and which held out, and how many texts and tokens.
         fit: means over modules of the shares of the routed update's energy that are missed on the calibration tokens:
             ``dense`` by the best single scale, ``fit`` by the method, ``cut`` by the rank limit.
@@ -37,7 +37,7 @@ class ExportRecord(Record):
     method: str
     rank: int | None
     dtype: str
-    base_dtype: str
+    base_dtype: str | None
     texts: list[dict[str, Any]] = field(default_factory=list)
     fit: dict[str, float] = field(default_factory=dict)
     gap: dict[str, Any] | None = None

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flylora.adapted import adapted, base_of, changes_logits, trained_on_other_weights
+from flylora.adapted import OTHER_WEIGHTS, adapted, base_of, changes_logits, trained_on_other_weights
 from flylora.errors import UserError
 from flylora.lab.data import encode
 from flylora.lab.evaluation.code import judge, pass_rates
@@ -37,10 +37,6 @@ NO_OP = (
     "The adapter is a no-op: the logits of a probe batch are the same with it and without it, so these figures are "
     "the base model's."
 )
-OTHER_WEIGHTS = (
-    "The adapter was trained on a base model with other weights (their hash differs from the one in its record)."
-)
-
 _PROBE_ITEMS = 4
 
 

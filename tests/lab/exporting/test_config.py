@@ -9,7 +9,7 @@ import pytest
 
 from flylora.cli import EXIT_USER_ERROR, main, parse
 from flylora.errors import UserError
-from flylora.export import ExportConfig
+from flylora.lab.exporting import ExportConfig
 
 
 @pytest.mark.parametrize(
@@ -18,10 +18,10 @@ from flylora.export import ExportConfig
         ({"texts": 0}, "texts must be at least 1"),
         ({"rank": 0}, "rank must be at least 1"),
         ({"gap_texts": -1}, "gap_texts must be at least 1"),
-        ({"ridge": -0.1}, "ridge is -0.1"),
-        ({"ridge": float("nan")}, "ridge is nan"),
-        ({"shard_gb": 0.0}, "shard_gb is 0.0"),
-        ({"moments_gb": float("inf")}, "moments_gb is inf"),
+        ({"ridge": -0.1}, "ridge must be at least 0, not -0.1"),
+        ({"ridge": float("nan")}, "ridge must be a finite number, not NaN"),
+        ({"shard_gb": 0.0}, "shard_gb must be above 0, not 0.0"),
+        ({"moments_gb": float("inf")}, "moments_gb must be a finite number"),
         ({"to": "full", "rank": 3}, "leave it out, or export to lora"),
         ({"save_dtype": "bfloat16"}, "save_dtype is for full models"),
     ],

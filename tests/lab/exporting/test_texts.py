@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from flylora.errors import UserError
-from flylora.export.texts import read_texts
+from flylora.lab.exporting.texts import read_source
 from flylora.texts import IGNORED
 
 
@@ -20,7 +20,7 @@ def shown(tokenizer: PreTrainedTokenizerFast, rows: list) -> list[str]:
 def test_a_task_gives_its_training_split_and_holds_out_its_validation_split(
     tiny_task: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    texts = read_texts(str(tiny_task), tokenizer, fit=5, held_out=3)
+    texts = read_source(str(tiny_task), tokenizer, fit=5, held_out=3)
     assert (len(texts.fit), len(texts.held_out)) == (5, 3)
     assert all(int(text.split()[1].rstrip("?.")) < 24 for text in shown(tokenizer, texts.fit))
     assert all(24 <= int(text.split()[1].rstrip("?.")) < 32 for text in shown(tokenizer, texts.held_out))
@@ -33,28 +33,28 @@ def test_a_task_without_a_validation_split_holds_out_its_test_split(
 ) -> None:
     body = tiny_task.read_text(encoding="utf-8").replace("validation: validation.jsonl, ", "")
     (tmp_path / "task.yaml").write_text(body, encoding="utf-8")
-    texts = read_texts(str(tmp_path / "task.yaml"), tokenizer, fit=5, held_out=3, data_dir=str(tiny_task.parent))
+    texts = read_source(str(tmp_path / "task.yaml"), tokenizer, fit=5, held_out=3, data_dir=str(tiny_task.parent))
     assert texts.held_out_from == "test split"
     assert all(int(text.split()[1].rstrip("?.")) >= 32 for text in shown(tokenizer, texts.held_out))
 
 
 def test_a_file_is_split_into_two_parts(prose: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    texts = read_texts(str(prose), tokenizer, fit=128, held_out=64)
+    texts = read_source(str(prose), tokenizer, fit=128, held_out=64)
     assert (len(texts.fit), len(texts.held_out)) == (32, 8)
     lines = prose.read_text(encoding="utf-8").split("\n")[:40]
     assert sorted(shown(tokenizer, texts.fit) + shown(tokenizer, texts.held_out)) == sorted(lines)
     assert all(row.labels == row.input_ids for row in texts.fit)  # all tokens count
-    again = read_texts(str(prose), tokenizer, fit=128, held_out=64)
+    again = read_source(str(prose), tokenizer, fit=128, held_out=64)
     assert again.fit == texts.fit
-    assert read_texts(str(prose), tokenizer, fit=128, held_out=64, seed=1).fit != texts.fit
-    fewer = read_texts(str(prose), tokenizer, fit=4, held_out=2, max_length=6)
+    assert read_source(str(prose), tokenizer, fit=128, held_out=64, seed=1).fit != texts.fit
+    fewer = read_source(str(prose), tokenizer, fit=4, held_out=2, max_length=6)
     assert (len(fewer.fit), len(fewer.held_out)) == (4, 2)
     assert max(len(row.input_ids) for row in fewer.fit) == 6
 
 
 def test_two_lines_are_one_for_each_part(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     (tmp_path / "two.txt").write_text("one\ntwo\n", encoding="utf-8")
-    texts = read_texts(str(tmp_path / "two.txt"), tokenizer, fit=9, held_out=9)
+    texts = read_source(str(tmp_path / "two.txt"), tokenizer, fit=9, held_out=9)
     assert sorted(shown(tokenizer, texts.fit) + shown(tokenizer, texts.held_out)) == ["one", "two"]
     assert len(texts.fit) == 1
 
@@ -65,7 +65,7 @@ def test_json_lines_are_texts_or_prompts_with_or_without_completions(
     rows = ["plain", {"text": "text"}, {"prompt": "only a prompt"}, {"prompt": "a", "completion": "bc"}]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    texts = read_texts(str(path), tokenizer, fit=0, held_out=9)
+    texts = read_source(str(path), tokenizer, fit=0, held_out=9)
     assert texts.fit == []
     found = {tokenizer.decode(row.input_ids): row for row in texts.held_out}
     assert set(found) == {"plain", "text", "only a prompt", "abc<|im_end|>"}
@@ -92,4 +92,4 @@ def test_what_cannot_be_read_is_told_in_a_sentence(
     if body is not None:
         path.write_bytes(body)
     with pytest.raises(UserError, match=match):
-        read_texts(name if name == "unknown" else str(path), tokenizer, fit=3, held_out=3)
+        read_source(name if name == "unknown" else str(path), tokenizer, fit=3, held_out=3)

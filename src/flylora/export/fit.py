@@ -1,0 +1,122 @@
+"""From a saved adapter and texts to one linear map for each module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from peft import PeftModel
+from torch import Tensor
+
+from flylora import functional
+from flylora.activations import Accumulator, gather
+from flylora.adapter_folder import ModuleFactors, SavedAdapter
+from flylora.errors import UserError
+from flylora.export.linear import LinearFactors, Moments, linear_factors
+from flylora.export.options import ExportOptions, Method
+from flylora.texts import Encoded
+
+
+def check_method(adapter: SavedAdapter, method: Method, has_text: bool, rank: int | None) -> bool:
+    """Whether the adapter is linear, hence exported exactly.
+
+    Raises:
+        UserError: it routes and there is no text for a method that needs some, or the rank is larger than its own.
+    """
+    linear = all(adapter.small(module).is_linear for module in adapter.modules)
+    if not linear and method != "dense" and not has_text:
+        raise UserError(
+            f"{adapter.path} routes (k < r), so the method {method} needs text to fit a linear map to it: give texts "
+            "(on the command line a task or a text file with --calibrate), or choose the method dense."
+        )
+    largest = max(adapter.rank(module) for module in adapter.modules)
+    if rank is not None and rank > largest:
+        raise UserError(
+            f"rank is {rank}, but {adapter.path} has rank {largest} and its LoRA cannot use more: give at most "
+            f"{largest}, or leave rank out."
+        )
+    return linear
+
+
+def fit(
+    options: ExportOptions,
+    adapter: SavedAdapter,
+    widths: Mapping[str, int],
+    model: PeftModel | None,
+    rows: Sequence[Encoded],
+) -> list[LinearFactors]:
+    """The linear map of every module; with moments of the inputs, some modules at a time.
+
+    Args:
+        options: of the export. adapter: what is exported. widths: n of each of its modules.
+        model: with the adapter active, in evaluation mode; needed only where there are rows.
+        rows: the texts to fit on.
+    """
+    linear = check_method(adapter, options.method, bool(rows), options.rank)
+    inputs = options.method == "regression" and not linear
+    factors = []
+    for names in _groups(adapter, widths, inputs, options.moments_gb):
+        moments: dict[str, Moments] = {}
+        if model is not None and rows and (not linear or options.rank is not None):
+            part = {name: widths[name] for name in names}
+            moments = gather_moments(model, adapter, part, rows, options.batch_size, inputs=inputs)
+        for name in names:
+            whole = adapter.with_in_features(adapter.factors(name), widths[name])
+            factors.append(linear_factors(whole, options.method, options.ridge, options.rank, moments.pop(name, None)))
+    return factors
+
+
+def gather_moments(
+    model: PeftModel,
+    adapter: SavedAdapter,
+    widths: Mapping[str, int],
+    rows: Sequence[Encoded],
+    batch_size: int,
+    *,
+    inputs: bool = False,
+    quiet: bool = False,
+) -> dict[str, Moments]:
+    """Second moments of projections and routed codes in some modules, in one pass over the texts.
+
+    Sums are in float64, O(R^2) a module, or O(n^2) with those of the inputs.
+
+    Args:
+        model: with the adapter active, in evaluation mode. adapter: the same one, as saved. widths: n by module.
+        rows: the texts. batch_size: texts per forward pass.
+        inputs: whether to keep the moments of the inputs too. quiet: show no progress.
+
+    Raises:
+        UserError: there is no token, or the model lacks a module.
+    """
+    moments = {name: Moments.empty(adapter.rank(name), n if inputs else None) for name, n in widths.items()}
+    accumulators = {
+        name: _accumulator(adapter.with_in_features(adapter.factors(name), n), moments[name])
+        for name, n in widths.items()
+    }
+    gather(model, accumulators, rows, batch_size=batch_size, quiet=quiet)
+    return moments
+
+
+def _accumulator(factors: ModuleFactors, moments: Moments) -> Accumulator:
+    down, bias, routing = factors.down(), factors.routing_bias, factors.routing
+
+    def add(x: Tensor, part: int) -> None:
+        y = functional.project(x, down.to(x.device))
+        z = y if factors.is_linear else functional.routed_codes(y, functional.select(y, bias.to(y.device), routing))
+        moments.add(x, y, z)
+
+    return add
+
+
+def _groups(adapter: SavedAdapter, widths: Mapping[str, int], inputs: bool, budget_gb: float) -> Iterator[list[str]]:
+    """The modules in groups whose moments fit in ``budget_gb`` together (a single module always does)."""
+    group: list[str] = []
+    used = 0.0
+    for name, n in widths.items():
+        rank = adapter.rank(name)
+        size = 8e-9 * (3 * rank * rank + (inputs and n * (n + rank)))
+        if group and used + size > budget_gb:
+            yield group
+            group, used = [], 0.0
+        group.append(name)
+        used += size
+    yield group

@@ -1,0 +1,129 @@
+"""An export with the laboratory's texts and evaluations around the library's own call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from flylora.errors import UserError
+from flylora.export.record import ExportRecord
+from flylora.export.run import Source, run
+from flylora.lab.evaluation.config import EvalConfig
+from flylora.lab.evaluation.record import EvalRecord
+from flylora.lab.evaluation.retention import ItemLosses, retention
+from flylora.lab.evaluation.run import run as evaluate
+from flylora.lab.exporting.config import ExportConfig
+from flylora.lab.exporting.texts import read_source
+from flylora.lab.tasks import load_task
+from flylora.lab.training.record import TrainRecord
+from flylora.models import LoadedModel
+from flylora.records import TRAIN_RECORD, read_record
+
+
+def export(config: ExportConfig, loaded: LoadedModel | None = None) -> ExportRecord:
+    """Export an adapter to a plain LoRA or to full weights, as `flylora.export` does, with tasks and text files.
+
+    Args:
+        config: settings.
+        loaded: the base model, to save loading it; given back as it was.
+
+    Returns:
+        The record, which is also in the folder written.
+
+    Raises:
+        UserError: settings, adapter, text or model are not what they should be, or the result cannot be written;
+            nothing is left behind then.
+    """
+    for name in config.evaluate:
+        load_task(name, config.data_dir).examples(config.eval_split, 1)
+    names, data_dir = _sources(config)
+
+    def read(tokenizer: PreTrainedTokenizerBase) -> list[Source]:
+        return [
+            read_source(
+                name,
+                tokenizer,
+                fit=config.texts if config.calibrate else 0,
+                held_out=config.gap_texts,
+                data_dir=data_dir,
+                max_length=config.max_length,
+                seed=config.seed,
+            )
+            for name in names
+        ]
+
+    evaluation = _Evaluation(config) if config.evaluate else None
+    return run(config, loaded, read if names else None, bool(config.calibrate), evaluation)
+
+
+def _sources(config: ExportConfig) -> tuple[list[str], str | None]:
+    """Where the texts are, and the folder of their data.
+
+    Without any to calibrate on, those of the evaluated tasks or of the adapter's own serve to measure on.
+    """
+    names, data_dir = config.calibrate or config.evaluate, config.data_dir
+    trained = Path(config.adapter) / TRAIN_RECORD
+    if not names and trained.is_file():
+        run_config = read_record(trained, TrainRecord).config
+        names, data_dir = [run_config["task"]], data_dir or run_config["data_dir"]
+        try:
+            load_task(names[0], data_dir).examples("train", 1)
+        except UserError:  # its data may be elsewhere now; a note says that nothing was measured
+            names = []
+    return names, data_dir
+
+
+class _Evaluation:
+    """Base, adapter and export on the same items of the tasks."""
+
+    def __init__(self, config: ExportConfig) -> None:
+        self.config = config
+        self.measured: list[list[EvalRecord]] = []
+
+    def measure(self, loaded: LoadedModel, adapter: Path | None) -> None:
+        config = self.config
+        self.measured.append(
+            [
+                evaluate(
+                    EvalConfig(
+                        model=loaded.source,
+                        task=task,
+                        adapter=None if adapter is None else str(adapter),
+                        data_dir=config.data_dir,
+                        split=config.eval_split,
+                        limit=config.eval_limit,
+                        batch_size=config.batch_size,
+                    ),
+                    loaded,
+                )
+                for task in config.evaluate
+            ]
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [_compared(*records) for records in zip(*self.measured, strict=True)]
+
+
+def _compared(base: EvalRecord, adapter: EvalRecord, export: EvalRecord) -> dict[str, Any]:
+    """One row of the table: the same items under the three models."""
+    records = {"base": base, "adapter": adapter, "export": export}
+    losses = [_item_losses(record) for record in records.values()]
+    kept = retention(*losses) if all(each.tokens for each in losses) else None
+    return {
+        "task": base.task["name"],
+        "split": base.split,
+        "items": base.items_scored,
+        "loss_tokens": base.loss_tokens,
+        "loss": {who: record.loss for who, record in records.items()},
+        "accuracy": {who: record.accuracy for who, record in records.items()},
+        "accuracy_stderr": {who: record.accuracy_stderr for who, record in records.items()},
+        "kept": None if kept is None else kept[0],
+        "kept_stderr": None if kept is None else kept[1],
+    }
+
+
+def _item_losses(record: EvalRecord) -> ItemLosses:
+    measured = [(item["loss"], item["loss_tokens"]) for item in record.items if item["loss"] is not None]
+    return ItemLosses([loss * count for loss, count in measured], [count for _, count in measured])
