@@ -179,6 +179,38 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
     assert from_yaml(Settings, tmp_path / "f.yaml").out == "o"
 
 
+@options
+@dataclass(frozen=True)
+class Base:
+    """A base.
+
+    Args:
+        names: Some names.
+    """
+
+    names: list[str] = field(default_factory=list)
+
+
+@options
+@dataclass(frozen=True)
+class Derived(Base):
+    """More.
+
+    Args:
+        steps: How many.
+    """
+
+    steps: Count = 1
+
+
+def test_inherited_options_are_checked_and_described() -> None:
+    assert Derived(["a"], steps=2) == Derived(names=["a"], steps=2)
+    assert Derived.__doc__ is not None
+    assert [line.split(":")[0].strip() for line in Derived.__doc__.splitlines()[3:]] == ["steps", "names"]
+    with pytest.raises(UserError, match="must be text"):
+        Derived(names=[1])  # type: ignore[list-item]
+
+
 def test_the_nearest_name() -> None:
     assert nearest("trian", ["train", "eval"]) == "did you mean 'train'?"
     assert nearest("xyz", ["train", "eval"]) == "choose one of train, eval."

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import json
 import os
 import re
@@ -66,8 +67,14 @@ def options(cls: type[C]) -> type[C]:
         except pydantic.ValidationError as error:
             raise _user_error(error, given, checked) from error
 
-    checked.__init__, checked.__doc__ = init, cls.__doc__
+    checked.__init__, checked.__doc__ = init, _documented(cls)
     return checked
+
+
+def _documented(cls: type[Any]) -> str:
+    """The docstring of a class, with the arguments of the options that it inherits."""
+    inherited = [inspect.cleandoc(base.__doc__ or "") for base in cls.__bases__ if dataclasses.is_dataclass(base)]
+    return "\n".join([inspect.cleandoc(cls.__doc__ or ""), *(text.partition("Args:\n")[2] for text in inherited)])
 
 
 def from_mapping(cls: type[C], values: object, where: str = "") -> C:
