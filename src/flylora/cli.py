@@ -25,9 +25,8 @@ from flylora import __version__
 from flylora.errors import UserError
 from flylora.lab.evaluation.config import EvalConfig
 from flylora.lab.examples import PreviewOptions
-from flylora.lab.study.config import DemoOptions, StudyOptions
 from flylora.lab.exporting.config import ExportConfig
-from flylora.lab.study.config import StudyOptions
+from flylora.lab.study.config import DemoOptions, StudyOptions
 from flylora.lab.training.config import TrainConfig
 from flylora.lab.training.interrupt import TrainingInterrupted
 from flylora.merging.config import CalibrateConfig, MergeConfig
