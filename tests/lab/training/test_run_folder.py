@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from flylora.errors import UserError
+from flylora.lab.training import TrainConfig
+from flylora.lab.training.record import TrainRecord
 from flylora.lab.training.run_folder import RunFolder
+from flylora.records import provenance
 
 
 @pytest.fixture
@@ -69,3 +73,27 @@ def test_discarding_keeps_what_is_not_the_runs(folder: RunFolder) -> None:
     (folder.path / "notes.txt").write_text("mine")
     folder.discard_unless_resumable()
     assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
+
+
+def test_a_run_that_was_set_aside_by_a_killed_process_is_still_there(folder: RunFolder) -> None:
+    config = TrainConfig(model="m", task="t", out=str(folder.path))
+    record = TrainRecord(
+        status="complete",
+        provenance=provenance(seeds={}, data_sha256={}, model_sha256=""),
+        config={},
+        task={},
+        dtype="float32",
+        examples=1,
+        dropped=0,
+        learnt_tokens=1,
+        trainable_parameters=1,
+        total_steps=11,
+    )
+    folder.finish(record)
+    (folder.path / "adapter_config.json").write_text("{}")
+    folder.set_aside()
+    assert {path.name for path in folder.path.iterdir()} == {"replaced_run"}
+    with pytest.raises(UserError, match="already holds a finished run"):
+        folder.earlier_run(config)
+    assert (folder.path / "adapter_config.json").read_text() == "{}"
+    assert folder.metrics()

@@ -21,11 +21,11 @@ from flylora.lab.training.callbacks import RunCallback
 from flylora.lab.training.card import model_card
 from flylora.lab.training.config import TrainConfig
 from flylora.lab.training.interrupt import TrainingInterrupted, catching_interrupts
-from flylora.lab.training.methods import Setup, method_config, set_up
+from flylora.lab.training.methods import method_config, set_up
 from flylora.lab.training.presets import Run, preset
 from flylora.lab.training.record import TrainRecord
 from flylora.lab.training.run_folder import RunFolder, checkpoint_step, is_main_process
-from flylora.lab.training.trainer import make_trainer
+from flylora.lab.training.trainer import Prepared, make_trainer
 from flylora.models import LoadedModel, load_model, take_off
 from flylora.records import Status, adapter_fingerprint, is_disk_full, now, provenance, write_record
 
@@ -66,8 +66,8 @@ def fit(config: TrainConfig, loaded: LoadedModel | None = None) -> TrainRecord:
     with set_up(loaded.model, config.method, method, config.seed, config.lr, config.weight_decay) as setup:
         try:
             count = count_adapter(setup.model, base_parameters)
-            record = _new_record(config, loaded, task, train_set, count, earlier)
-            return _run(config, folder, loaded, setup, train_set, validation, record)
+            prepared = Prepared(config, folder, loaded, setup, train_set, validation)
+            return _run(prepared, _new_record(prepared, task, count, earlier))
         finally:
             _give_back(loaded, setup.model)
 
@@ -94,14 +94,8 @@ def _encoded(task: Task, split: Split, limit: int | None, config: TrainConfig, l
     return encoded
 
 
-def _new_record(
-    config: TrainConfig,
-    loaded: LoadedModel,
-    task: Task,
-    train_set: EncodedSet,
-    count: ParameterCount,
-    earlier: TrainRecord | None,
-) -> TrainRecord:
+def _new_record(prepared: Prepared, task: Task, count: ParameterCount, earlier: TrainRecord | None) -> TrainRecord:
+    config, loaded, train_set = prepared.config, prepared.loaded, prepared.train_set
     splits: tuple[Split, ...] = ("train", "validation") if config.eval_steps else ("train",)
     origin = provenance(
         seeds={"seed": config.seed},
@@ -150,15 +144,8 @@ def _total_steps(config: TrainConfig, items: int) -> int:
     return max(1, math.ceil((config.epochs or 1) * per_epoch))
 
 
-def _run(
-    config: TrainConfig,
-    folder: RunFolder,
-    loaded: LoadedModel,
-    setup: Setup,
-    train_set: EncodedSet,
-    validation: EncodedSet | None,
-    record: TrainRecord,
-) -> TrainRecord:
+def _run(prepared: Prepared, record: TrainRecord) -> TrainRecord:
+    config, folder = prepared.config, prepared.folder
     checkpoint = folder.last_checkpoint() if config.resume else None
     seconds_before, started = record.seconds, time.monotonic()
 
@@ -170,7 +157,7 @@ def _run(
 
     with folder.undone_on_failure(), _explaining_full_disk(folder), catching_interrupts() as interrupt:
         callback = RunCallback(folder, interrupt, lambda steps: note(steps, "running"))
-        trainer = make_trainer(config, folder, loaded, setup, train_set, validation, record.total_steps, callback)
+        trainer = make_trainer(prepared, record.total_steps, callback)
         if is_main_process():
             if config.overwrite:
                 folder.set_aside()
@@ -186,7 +173,7 @@ def _run(
             )
         if is_main_process():
             note(steps, "running")
-            folder.save_adapter(trainer.model, model_card(config, record), setup.initial)
+            folder.save_adapter(trainer.model, model_card(config, record), prepared.setup.initial)
             record = _finished(record, folder)
             folder.finish(record)
         return record

@@ -69,6 +69,8 @@ class RunFolder:
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return None
         if not self.record_path.is_file():
+            self._move_back()  # the process that replaced a run was killed before it began its own
+        if not self.record_path.is_file():
             raise UserError(
                 f"The folder {self.path} is not empty and holds no training run of flylora: choose another folder."
             )
@@ -155,8 +157,7 @@ class RunFolder:
         unfinished = not self.record_path.is_file() or self._is_complete() is False
         if unfinished and self.last_checkpoint() is None:
             self._remove_run()
-            if (self.replaced / RECORD_NAME).is_file():
-                _move(_RUN_FILES[::-1], self.replaced, self.path)
+            self._move_back()
         for path in (self.checkpoints, self.replaced, self.path):
             with suppress(OSError):  # not there, or not empty: something else was put there
                 path.rmdir()
@@ -166,6 +167,10 @@ class RunFolder:
         with suppress(UserError):
             return read_record(self.record_path, TrainRecord).status == "complete"
         return None
+
+    def _move_back(self) -> None:
+        if (self.replaced / RECORD_NAME).is_file():
+            _move(_RUN_FILES[::-1], self.replaced, self.path)
 
     def _remove_run(self) -> None:
         shutil.rmtree(self.checkpoints, ignore_errors=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -23,6 +23,17 @@ from flylora.lab.training.methods import Setup
 from flylora.lab.training.run_folder import RunFolder
 from flylora.models import LoadedModel, first_line
 from flylora.texts import IGNORED, CompletionCollator
+
+
+class Prepared(NamedTuple):
+    """All that a run is made of: its settings and folder, the base, the adapter on it, and items to learn."""
+
+    config: TrainConfig
+    folder: RunFolder
+    loaded: LoadedModel
+    setup: Setup
+    train_set: EncodedSet
+    validation: EncodedSet | None
 
 
 class AdapterTrainer(SFTTrainer):
@@ -76,29 +87,21 @@ class AdapterTrainer(SFTTrainer):
         """Training on one's own machine tells nobody."""
 
 
-def make_trainer(
-    config: TrainConfig,
-    folder: RunFolder,
-    loaded: LoadedModel,
-    setup: Setup,
-    train_set: EncodedSet,
-    validation: EncodedSet | None,
-    total_steps: int,
-    callback: RunCallback,
-) -> AdapterTrainer:
+def make_trainer(prepared: Prepared, total_steps: int, callback: RunCallback) -> AdapterTrainer:
     """The trainer of one run.
 
     Raises:
         UserError: The trainer does not take these settings: a tracker that is not installed, an adapted lm_head.
     """
+    setup, validation = prepared.setup, prepared.validation
     try:
         trainer = AdapterTrainer(
             model=setup.model,
-            args=_arguments(config, folder, loaded, total_steps),
+            args=_arguments(prepared.config, prepared.folder, prepared.loaded, total_steps),
             data_collator=CompletionCollator(),
-            train_dataset=_dataset(train_set),
+            train_dataset=_dataset(prepared.train_set),
             eval_dataset=None if validation is None else _dataset(validation),
-            processing_class=loaded.tokenizer,
+            processing_class=prepared.loaded.tokenizer,
             callbacks=[callback, *setup.callbacks],
             optimizers=(setup.optimizer, None),
         )
