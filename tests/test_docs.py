@@ -42,10 +42,10 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.fixture
-def readers_folder(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> Path:
+def readers_folder(tmp_path: Path, save: Save, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory that the blocks assume: adapters named as in the examples, and a file of texts."""
     for seed, name in enumerate(("capitals", "elements")):
-        save(name, fly(projection_seed=seed), seed)
+        save(name, fly(projection_seed=seed), seed, base=tiny_model_dir.as_posix())
     texts = [f"Question: What is {n} and {n}?\nAnswer: {2 * n}".replace("\n", " ") for n in range(16)]
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     monkeypatch.chdir(tmp_path)
