@@ -19,7 +19,8 @@ from typing import Any
 
 from flylora.adapter_folder import read_adapter
 from flylora.lab.evaluation.retention import item_losses, retention
-from flylora.lab.exporting import ExportConfig, export
+from flylora.lab.exporting.config import ExportConfig
+from flylora.lab.exporting.run import export
 from flylora.lab.tasks import load_task
 from flylora.models import LoadedModel, load_model
 from flylora.records import write_text

@@ -68,7 +68,7 @@ def _eval(config: EvalConfig) -> None:
 
 
 def _export(config: ExportConfig) -> None:
-    from flylora.lab.exporting import export
+    from flylora.lab.exporting.run import export
     from flylora.lab.exporting.show import show_export
 
     show_export(export(config))

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -60,16 +60,8 @@ class Source:
     sha256: dict[str, str] = field(default_factory=dict)
 
 
-class Evaluation(Protocol):
-    """What else is measured before and after an export."""
-
-    def measure(self, loaded: LoadedModel, adapter: Path | None) -> None:
-        """Called for the base model, for the adapter on it, and for the export."""
-        ...
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The result, for the record."""
-        ...
+Measure = Callable[[LoadedModel, Path | None], list[dict[str, Any]]]
+"""Measures a model with an adapter or without; what it gives for the last one goes into the record."""
 
 
 def export(
@@ -141,7 +133,7 @@ def run(
     model: Model | None = None,
     read: Callable[[PreTrainedTokenizerBase], list[Source]] | None = None,
     has_text: bool = False,
-    evaluation: Evaluation | None = None,
+    measure: Measure | None = None,
 ) -> ExportRecord:
     """One export, see [`export`].
 
@@ -150,7 +142,7 @@ def run(
         model: the base model, in place of the one that the options name; given back as it was.
         read: gives the texts; None if there are none.
         has_text: whether these will hold text to fit on.
-        evaluation: what else to measure.
+        measure: what else to measure, called for the base model, for the adapter on it, and for the export.
     """
     started, out = time.monotonic(), Path(options.out)
     refuse_existing(out, options.overwrite, RECORD_NAME)
@@ -158,7 +150,7 @@ def run(
     linear = check_method(adapter, options.method, has_text, options.rank)
     widths = {name: n for name in adapter.modules if (n := adapter.in_features(name)) is not None}
     loaded = None
-    if model or options.model or read or evaluation or len(widths) < len(adapter.modules):
+    if model or options.model or read or measure or len(widths) < len(adapter.modules):
         loaded = load_base([adapter], model or options.model, options.dtype, options.device)
     name = loaded.source if loaded else adapter.base_model
     base_dtype = loaded.dtype if loaded else None
@@ -176,22 +168,21 @@ def run(
         meter = GapMeter(held_out, options.batch_size, folder / _PREDICTIONS) if held_out else None
         notes += [NOT_MEASURED] if meter is None else []
         factors = _fit(options, adapter, widths, loaded, _in_turn([source.fit for source in sources]), meter)
-        if evaluation is not None and loaded is not None:
-            evaluation.measure(loaded, None)
-            evaluation.measure(loaded, adapter.path)
+        if measure is not None and loaded is not None:
+            measure(loaded, None)
+            measure(loaded, adapter.path)
         if options.to == "lora":
             write_lora(folder, adapter, factors, loaded.model if loaded else None)
             written, exported = "float32", loaded
         else:
             loaded = None  # one copy of the model at a time
             written = _write_full(folder, options, name, factors)
-            exported = load_model(str(folder), options.dtype, options.device) if meter or evaluation else None
-        gap = None
+            exported = load_model(str(folder), options.dtype, options.device) if meter or measure else None
+        gap, evaluation = None, list[dict[str, Any]]()
         if exported is not None:
             on_top = folder if options.to == "lora" else None
             gap = _gap(exported, on_top, meter)
-            if evaluation is not None:
-                evaluation.measure(exported, on_top)
+            evaluation = measure(exported, on_top) if measure is not None else []
         (folder / _PREDICTIONS).unlink(missing_ok=True)
         record = ExportRecord(
             status="complete",
@@ -206,7 +197,7 @@ def run(
             texts=[_described(source) for source in sources],
             fit=_mean_errors(factors),
             gap=None if gap is None else dataclasses.asdict(gap),
-            evaluation=[] if evaluation is None else evaluation.rows(),
+            evaluation=evaluation,
             files={path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file()},
             notes=notes,
             seconds=round(time.monotonic() - started, 1),

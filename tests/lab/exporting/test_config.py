@@ -9,7 +9,7 @@ import pytest
 
 from flylora.cli import EXIT_USER_ERROR, main, parse
 from flylora.errors import UserError
-from flylora.lab.exporting import ExportConfig
+from flylora.lab.exporting.config import ExportConfig
 
 
 @pytest.mark.parametrize(

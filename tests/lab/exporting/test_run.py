@@ -23,8 +23,8 @@ from flylora.errors import UserError
 from flylora.export.record import RECORD_NAME, ExportRecord
 from flylora.functional import routed_codes, select
 from flylora.lab.evaluation.run import OTHER_WEIGHTS
-from flylora.lab.exporting import ExportConfig, export
-from flylora.lab.exporting.texts import read_source
+from flylora.lab.exporting.config import ExportConfig
+from flylora.lab.exporting.run import export, read_source
 from flylora.lab.training.record import TrainRecord
 from flylora.models import LoadedModel, load_model
 from flylora.records import provenance, read_record, write_record

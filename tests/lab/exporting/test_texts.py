@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from flylora.errors import UserError
-from flylora.lab.exporting.texts import read_source
+from flylora.lab.exporting.run import read_source
 from flylora.texts import IGNORED
 
 

@@ -1,8 +1,1 @@
-"""`flylora export` with tasks: their texts to calibrate on, and their items to evaluate before and after."""
-
-from __future__ import annotations
-
-from flylora.lab.exporting.config import ExportConfig
-from flylora.lab.exporting.run import export
-
-__all__ = ["ExportConfig", "export"]
+"""`flylora export`: texts from tasks and files, and tasks to evaluate on, around the library's own export."""

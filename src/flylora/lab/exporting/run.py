@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,18 @@ from transformers import PreTrainedTokenizerBase
 from flylora.errors import UserError
 from flylora.export.record import ExportRecord
 from flylora.export.run import Source, run
+from flylora.lab.data import encode_all
 from flylora.lab.evaluation.config import EvalConfig
 from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.evaluation.retention import ItemLosses, retention
 from flylora.lab.evaluation.run import run as evaluate
 from flylora.lab.exporting.config import ExportConfig
-from flylora.lab.exporting.texts import read_source
-from flylora.lab.tasks import load_task
+from flylora.lab.tasks import Example, Task, load_task
+from flylora.lab.tasks.base import Split
 from flylora.lab.training.record import TrainRecord
 from flylora.models import LoadedModel
-from flylora.records import TRAIN_RECORD, read_record
+from flylora.records import TRAIN_RECORD, file_sha256, read_record
+from flylora.texts import TEXT_FILES, Encoded, encode_texts, hold_out, read_text_file
 
 
 def export(config: ExportConfig, loaded: LoadedModel | None = None) -> ExportRecord:
@@ -54,8 +57,13 @@ def export(config: ExportConfig, loaded: LoadedModel | None = None) -> ExportRec
             for name in names
         ]
 
-    evaluation = _Evaluation(config) if config.evaluate else None
-    return run(config, loaded, read if names else None, bool(config.calibrate), evaluation)
+    measured: list[list[EvalRecord]] = []
+
+    def measure(loaded: LoadedModel, adapter: Path | None) -> list[dict[str, Any]]:
+        measured.append([_evaluated(config, task, loaded, adapter) for task in config.evaluate])
+        return [_compared(*records) for records in zip(*measured, strict=True)] if len(measured) == 3 else []
+
+    return run(config, loaded, read if names else None, bool(config.calibrate), measure if config.evaluate else None)
 
 
 def _sources(config: ExportConfig) -> tuple[list[str], str | None]:
@@ -75,35 +83,69 @@ def _sources(config: ExportConfig) -> tuple[list[str], str | None]:
     return names, data_dir
 
 
-class _Evaluation:
-    """Base, adapter and export on the same items of the tasks."""
+def read_source(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    fit: int,
+    held_out: int,
+    data_dir: str | None = None,
+    max_length: int = 512,
+    seed: int = 0,
+) -> Source:
+    """The texts of one source as token ids.
 
-    def __init__(self, config: ExportConfig) -> None:
-        self.config = config
-        self.measured: list[list[EvalRecord]] = []
+    A task gives ``fit`` items of its training split and ``held_out`` items of its validation split (of its test split
+    where it has none), prompt and completion together. A file is shuffled; a fifth of it, or ``held_out`` texts where
+    that is less, are held out.
 
-    def measure(self, loaded: LoadedModel, adapter: Path | None) -> None:
-        config = self.config
-        self.measured.append(
-            [
-                evaluate(
-                    EvalConfig(
-                        model=loaded.source,
-                        task=task,
-                        adapter=None if adapter is None else str(adapter),
-                        data_dir=config.data_dir,
-                        split=config.eval_split,
-                        limit=config.eval_limit,
-                        batch_size=config.batch_size,
-                    ),
-                    loaded,
-                )
-                for task in config.evaluate
-            ]
-        )
+    Args:
+        name: name or YAML file of a task, or a .txt or .jsonl file.
+        fit: how many texts to calibrate on at most; may be 0.
+        held_out: how many other texts to hold out at most.
+        data_dir: folder that a YAML task's data files are relative to.
+        max_length: tokens of a file's text that are kept.
+        seed: of the shuffle.
 
-    def rows(self) -> list[dict[str, Any]]:
-        return [_compared(*records) for records in zip(*self.measured, strict=True)]
+    Raises:
+        UserError: there is no such source, or nothing readable in it.
+    """
+    if Path(name).suffix in TEXT_FILES:
+        rows = encode_texts(read_text_file(name), tokenizer, max_length)
+        if not rows:
+            raise UserError(f"{name} holds no text: give a file with one text a line.")
+        fitted, other = hold_out(rows, fit, held_out, seed)
+        return Source(name, fitted, other, "lines", "other lines", {name: file_sha256(Path(name))})
+    task = load_task(name, data_dir)
+    try:
+        task.examples("validation", 1)
+        measured: Split = "validation"
+    except UserError:
+        measured = "test"
+    hashes = {f"{name} ({measured})": task.data_hash(measured)}
+    fitted = []
+    if fit:
+        hashes[f"{name} (train)"] = task.data_hash("train")
+        fitted = _encoded(task, task.examples("train", fit), tokenizer)
+    other = _encoded(task, task.examples(measured, held_out), tokenizer)
+    return Source(name, fitted, other, "training split", f"{measured} split", hashes)
+
+
+def _encoded(task: Task, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    return encode_all(examples, tokenizer, task.max_length, task.chat_template, task.truncate_prompt).items
+
+
+def _evaluated(config: ExportConfig, task: str, loaded: LoadedModel, adapter: Path | None) -> EvalRecord:
+    settings = EvalConfig(
+        model=loaded.source,
+        task=task,
+        adapter=None if adapter is None else str(adapter),
+        data_dir=config.data_dir,
+        split=config.eval_split,
+        limit=config.eval_limit,
+        batch_size=config.batch_size,
+    )
+    return evaluate(settings, loaded)
 
 
 def _compared(base: EvalRecord, adapter: EvalRecord, export: EvalRecord) -> dict[str, Any]:
