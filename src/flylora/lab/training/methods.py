@@ -17,26 +17,14 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.pytorch_utils import Conv1D
 
-import flylora  # noqa: F401  registers FLYLORA and the baselines with PEFT
+import flylora.lab.baselines  # noqa: F401  registers them with PEFT
 from flylora.errors import UserError
-from flylora.lab.training.presets import PRESETS, Run, preset
+from flylora.lab.training.presets import PRESETS, Run, linear_layers, preset
 from flylora.models import first_line
 
 # Filled in by PEFT or by this package; a user who sets them would contradict what is being trained.
-_NOT_OPTIONS = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "peft_type",
-        "peft_version",
-        "revision",
-        "task_type",
-    }
-)
-
+_NOT_OPTIONS = frozenset(field.name for field in dataclasses.fields(PeftConfig))
 _OWN_TARGETS = frozenset({"ia3", "ln_tuning", "trainable_tokens"})
 
 
@@ -143,8 +131,7 @@ def _weights_to_keep(model: PreTrainedModel, config: PeftConfig) -> list[tuple[T
     """Each weight that the config's initialisation may change, with a copy of it."""
     if not str(getattr(config, "init_lora_weights", "")).lower().startswith(_CHANGE_BASE):
         return []
-    parts = (part for part in model.modules() if isinstance(part, torch.nn.Linear | Conv1D))
-    return [(part.weight, part.weight.detach().clone()) for part in parts]
+    return [(layer.weight, layer.weight.detach().clone()) for layer in linear_layers(model).values()]
 
 
 def attach(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
@@ -180,8 +167,7 @@ def _explain(error: Exception, model: PreTrainedModel, config: PeftConfig) -> Us
 
 def linear_names(model: torch.nn.Module) -> list[str]:
     """The last name component of every linear module, sorted: what target_modules may name."""
-    linear = (name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear | Conv1D))
-    return sorted({name.rpartition(".")[2] for name in linear})
+    return sorted({name.rpartition(".")[2] for name in linear_layers(model)})
 
 
 def _guess(name: str, known: Any) -> str:

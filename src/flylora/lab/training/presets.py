@@ -78,7 +78,7 @@ class AdaLoraCallback(TrainerCallback):
 
 
 def _lori_phases(options: Options, run: Run) -> dict[str, Any]:
-    """Half of the steps find the mask, half train under it."""
+    """The mask is made after half of the steps, and the other half train under it."""
     return {} if run.total_steps is None else {"dense_steps": max(1, run.total_steps // 2)}
 
 
@@ -105,12 +105,17 @@ def _c3a_block(options: Options, run: Run) -> dict[str, Any]:
 def _targeted(model: PreTrainedModel, targets: Any) -> list[Any]:
     """The linear layers that ``target_modules`` names; None and "all-linear" mean all but the output head."""
     head = model.get_output_embeddings()
-    linear = {n: part for n, part in model.named_modules() if isinstance(part, nn.Linear | Conv1D) and part is not head}
+    linear = {name: layer for name, layer in linear_layers(model).items() if layer is not head}
     if targets in (None, "all-linear"):
         return list(linear.values())
     if isinstance(targets, str):
-        return [part for name, part in linear.items() if re.fullmatch(targets, name)]
-    return [part for name, part in linear.items() if any(f".{name}".endswith(f".{target}") for target in targets)]
+        return [layer for name, layer in linear.items() if re.fullmatch(targets, name)]
+    return [layer for name, layer in linear.items() if any(f".{name}".endswith(f".{target}") for target in targets)]
+
+
+def linear_layers(model: nn.Module) -> dict[str, Any]:
+    """Every linear layer by its name."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear | Conv1D)}
 
 
 def _lorafa_optimizer(model: PeftModel, config: PeftConfig, lr: float, weight_decay: float) -> Optimizer:
