@@ -13,9 +13,8 @@ NAMES = {
     "decode": "tokens per second, one token a step, single, merged and mixed adapters, beside PEFT LoRA",
     "load": "loading an adapter of Llama-3.1-8B's shapes, and start-up times",
     "merge": "merging four adapters of Llama-3.1-8B's shapes",
-    "retention": "what merging keeps on a real model",
     "overshoot": "how large a study's updates are, and at what weight they are best alone and together",
-    "defaults": "how the default learning rate and balance rate were found",
+    "routing": "how evenly an adapter uses its experts",
     "export_gap": "what an export keeps",
 }
 

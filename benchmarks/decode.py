@@ -16,32 +16,31 @@ import torch
 from torch import nn
 
 from benchmarks.measure import (
-    base_model,
     common_options,
-    environment,
     interleaved,
+    random_tokens,
     ratio,
     spread,
+    start,
     table,
     variant,
+    with_interval,
+    with_quartiles,
     write,
 )
-from flylora.kernels import cpu as native
 
 
-def decoding(model: nn.Module, batch: int, prompt: int, steps: int, names: list[str] | None) -> Callable[[], None]:
+def decoding(model: nn.Module, ids: torch.Tensor, steps: int, names: list[str] | None) -> Callable[[], None]:
     """Reads a prompt and then decodes token after token; always the same tokens, so that all variants do alike."""
     model.eval()
     inner: Any = model
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, (batch, prompt + steps), generator=generator).to(device)
+    prompt = ids.shape[1] - steps
     extra: dict[str, Any] = {} if names is None else {"adapter_names": names}
 
     def run() -> None:
         with torch.no_grad():
             cache = inner(input_ids=ids[:, :prompt], use_cache=True, **extra).past_key_values
-            for at in range(prompt, prompt + steps):
+            for at in range(prompt, ids.shape[1]):
                 out = inner(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True, **extra)
                 cache = out.past_key_values
 
@@ -54,10 +53,9 @@ def compare(
     """Tokens per second of every variant and ratios to the last of them."""
     names = [f"task{i}" for i in range(adapters)] if adapters > 1 else ["default"]
     rows = [names[i % adapters] for i in range(batch)] if adapters > 1 else None
+    ids = random_tokens(base, batch, options.prompt + options.steps, options.device)
     functions = {
-        name: decoding(
-            variant(base, name, names if name != "base" else ["default"]), batch, options.prompt, options.steps, rows
-        )
+        name: decoding(variant(base, name, names if name != "base" else ["default"]), ids, options.steps, rows)
         for name in words
     }
     seconds = interleaved(functions, options.repetitions, options.device)
@@ -73,41 +71,29 @@ def compare(
 
 
 def main() -> None:
-    parser = common_options(__doc__)
+    parser = common_options(__doc__, repetitions=9)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--mixed", type=int, nargs="*", default=[4, 16], help="adapters in mixed batches")
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--plain", action="store_true", help="without the native kernel, where it is compiled")
     options = parser.parse_args()
-    if options.plain:
-        native.disable()
-    base, _ = base_model(options.model, options.dtype, options.device, options.layers)
-    found = []
+    base, about = start(options)
+    comparisons = []
     for batch in options.batches:
-        found.append(compare(base, ["base", "flylora:32:8", "flylora:32:8:4", "lora:32"], batch, options))
-        print(found[-1]["ratio"], flush=True)
+        comparisons.append(compare(base, ["base", "flylora:32:8", "flylora:32:8:4", "lora:32"], batch, options))
+        print(comparisons[-1]["ratio"], flush=True)
     for adapters in options.mixed:
-        found.append(compare(base, ["flylora:32:8", "lora:32"], adapters, options, adapters))
-        print(found[-1]["ratio"], flush=True)
-    result = {"model": options.model, "dtype": options.dtype, **environment(options.device), "comparisons": found}
-    rows = []
-    for one in found:
-        for name, rate in one["tokens_per_second"].items():
-            middle, low, high = one["ratio"][name]
-            rows.append(
-                [
-                    str(one["batch"]),
-                    str(one["adapters"]),
-                    name,
-                    f"{rate['median']:.1f} ({rate['quartile_1']:.1f} to {rate['quartile_3']:.1f})",
-                    f"{middle:.3f} ({low:.3f} to {high:.3f})",
-                ]
-            )
-    kernel = "native kernel" if result["native_kernel"] else "plain PyTorch"
+        comparisons.append(compare(base, ["flylora:32:8", "lora:32"], adapters, options, adapters))
+        print(comparisons[-1]["ratio"], flush=True)
+    rows = [
+        [str(one["batch"]), str(one["adapters"]), name, with_quartiles(rate, 1), with_interval(one["ratio"][name], 3)]
+        for one in comparisons
+        for name, rate in one["tokens_per_second"].items()
+    ]
+    kernel = "native kernel" if about["native_kernel"] else "plain PyTorch"
     head = ["batch", "adapters", "variant", "tokens per second (quartiles)", "ratio to lora:32 (95% interval)"]
-    write(options.out, result, f"{options.model}, {options.dtype}, {kernel}\n\n{table(head, rows)}")
+    text = f"{options.model}, {options.dtype}, {kernel}\n\n{table(head, rows)}"
+    write(options.out, {**about, "comparisons": comparisons}, text)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,17 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measure import adapter_config, environment, interleaved, ratio, spread, table, write
+from benchmarks.measure import (
+    adapter_config,
+    environment,
+    interleaved,
+    ratio,
+    spread,
+    table,
+    with_interval,
+    with_quartiles,
+    write,
+)
 
 VARIANTS = ["lora:32", "flylora:32:8"]
 
@@ -103,13 +113,12 @@ def main() -> None:
         ),
     }
     rows = [
-        [name, f"{found['median']:.2f} ({found['quartile_1']:.2f} to {found['quartile_3']:.2f})"]
+        [name, with_quartiles(seconds, 2)]
         for part in ("load_seconds", "start_seconds")
-        for name, found in result[part].items()
+        for name, seconds in result[part].items()
     ]
-    middle, low, high = result["load_ratio"]
     text = table(["what", "seconds (quartiles)"], rows)
-    text += f"\nLoading FlyLoRA r 32 to loading LoRA r 32: {middle:.2f} ({low:.2f} to {high:.2f}). "
+    text += f"\nLoading FlyLoRA r 32 to loading LoRA r 32: {with_interval(result['load_ratio'], 2)}. "
     text += f"import flylora adds {result['import_adds_seconds']['median']:.3f} s to import peft.\n"
     write(options.out, result, f"Adapters of Llama-3.1-8B's shapes, {options.layers} layers\n\n{text}")
 

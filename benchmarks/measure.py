@@ -26,15 +26,33 @@ from flylora.records import now, provenance
 RESAMPLES = 2000
 
 
-def common_options(description: str | None) -> argparse.ArgumentParser:
+def base_options(description: str | None) -> argparse.ArgumentParser:
     """A parser with what the benchmarks of a model have in common."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--layers", type=int, help="use only the first so many decoder layers")
     parser.add_argument("--out", type=Path, help="JSON and Markdown, with .json and .md appended")
     return parser
+
+
+def common_options(description: str | None, repetitions: int | None = None) -> argparse.ArgumentParser:
+    """The same for benchmarks that put adapters of several kinds on a model, and time them if there are repetitions."""
+    parser = base_options(description)
+    parser.add_argument("--layers", type=int, help="use only the first so many decoder layers")
+    if repetitions is not None:
+        parser.add_argument("--repetitions", type=int, default=repetitions)
+        parser.add_argument("--plain", action="store_true", help="without the native kernel, where it is compiled")
+    return parser
+
+
+def start(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    """The base model that the options name, and what the figures depend on besides the code."""
+    if getattr(options, "plain", False):
+        native.disable()
+    model = base_model(options.model, options.dtype, options.device, options.layers)
+    about = {"model": options.model, "layers": options.layers, "dtype": options.dtype}
+    return model, {**about, **environment(options.device)}
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
@@ -51,21 +69,20 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def shortened(model: nn.Module, layers: int | None) -> nn.Module:
-    """The first decoder layers of a model in place of all."""
+def base_model(name: str, dtype: str, device: str, layers: int | None = None) -> nn.Module:
+    """A frozen model, with its first decoder layers in place of all if asked."""
+    model: nn.Module = load_model(name, dtype, device).model  # type: ignore[arg-type]
     if layers is not None:
         inner: Any = model.get_submodule("model")
         inner.layers = inner.layers[:layers]
         model.config.num_hidden_layers = layers  # type: ignore[union-attr]
-    return model
+    return model.requires_grad_(False)
 
 
-def base_model(name: str, dtype: str, device: str, layers: int | None = None) -> tuple[nn.Module, Any]:
-    """A frozen model and its tokenizer."""
-    loaded = load_model(name, dtype, device)  # type: ignore[arg-type]
-    model = shortened(loaded.model, layers)
-    model.requires_grad_(False)
-    return model, loaded.tokenizer
+def random_tokens(model: nn.Module, rows: int, length: int, device: str) -> torch.Tensor:
+    """Token numbers (rows, length), the same in every run."""
+    vocabulary = int(model.get_submodule("model.embed_tokens").num_embeddings)  # type: ignore[arg-type]
+    return torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -155,6 +172,18 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
     low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
     return {"median": statistics.median(values), "quartile_1": low, "quartile_3": high, "repetitions": len(values)}
+
+
+def with_quartiles(figures: Mapping[str, float], digits: int) -> str:
+    """What [`spread`] returns, as a cell of a table."""
+    middle, low, high = (f"{figures[name]:.{digits}f}" for name in ("median", "quartile_1", "quartile_3"))
+    return f"{middle} ({low} to {high})"
+
+
+def with_interval(figures: Sequence[float], digits: int) -> str:
+    """What [`ratio`] returns, as a cell of a table."""
+    middle, low, high = (f"{figure:.{digits}f}" for figure in figures)
+    return f"{middle} ({low} to {high})"
 
 
 def write(out: Path | None, result: Mapping[str, Any], markdown: str) -> None:

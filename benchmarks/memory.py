@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.measure import base_model, common_options, environment, table, variant, write
+from benchmarks.measure import base_model, common_options, environment, random_tokens, table, variant, write
 from benchmarks.step_cost import step
 
 VARIANTS = ["base", "lora:8", "lora:32", "flylora:32:8", "flylora:32:8:4"]
@@ -49,29 +49,26 @@ def saved_bytes(model: nn.Module, ids: torch.Tensor) -> int:
 
 def one(words: str, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one variant, in this process."""
-    base, _ = base_model(options.model, options.dtype, options.device, options.layers)
-    vocabulary = int(base.get_submodule("model.embed_tokens").num_embeddings)  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (options.tokens // options.length, options.length), generator=generator)
-    ids = ids.to(options.device)
+    base = base_model(options.model, options.dtype, options.device, options.layers)
+    ids = random_tokens(base, options.tokens // options.length, options.length, options.device)
     model = variant(base, words)
-    found: dict[str, Any] = {"saved_bytes": saved_bytes(model, ids)}
+    figures: dict[str, Any] = {"saved_bytes": saved_bytes(model, ids)}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step(model, ids)()
     if options.device.startswith("cuda"):
-        found["peak_bytes"] = torch.cuda.max_memory_allocated()
+        figures["peak_bytes"] = torch.cuda.max_memory_allocated()
     else:
-        found["peak_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found["peak_before_bytes"] = 1024 * before
+        figures["peak_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        figures["peak_before_bytes"] = 1024 * before
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    found["trained_parameters"] = sum(parameter.numel() for parameter in trained)
+    figures["trained_parameters"] = sum(parameter.numel() for parameter in trained)
     # AdamW keeps two numbers a trained parameter, of its own dtype.
-    found["optimizer_bytes"] = sum(2 * parameter.numel() * parameter.element_size() for parameter in trained)
+    figures["optimizer_bytes"] = sum(2 * parameter.numel() * parameter.element_size() for parameter in trained)
     if words != "base":
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)  # type: ignore[operator]
-            found["file_bytes"] = (Path(folder) / "adapter_model.safetensors").stat().st_size
-    return found
+            figures["file_bytes"] = (Path(folder) / "adapter_model.safetensors").stat().st_size
+    return figures
 
 
 def main() -> None:
@@ -91,15 +88,15 @@ def main() -> None:
     ]
     if options.layers:
         same += ["--layers", str(options.layers)]
-    found = {}
+    variants = {}
     for words in dict.fromkeys(["base", "lora:8", *options.variants]):
         command = [sys.executable, "-m", "benchmarks", "memory", *same, "--one", words]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found[words] = json.loads(done.stdout.strip().splitlines()[-1])
-    base, lora = found["base"], found["lora:8"]
+        variants[words] = json.loads(done.stdout.strip().splitlines()[-1])
+    base, lora = variants["base"], variants["lora:8"]
     beyond = lora["saved_bytes"] - base["saved_bytes"]
     rows = []
-    for words, figures in found.items():
+    for words, figures in variants.items():
         kept = figures["saved_bytes"] - base["saved_bytes"]
         figures["saved_beyond_base"], figures["saved_ratio_to_lora_8"] = kept, kept / beyond
         rows.append(
@@ -112,14 +109,14 @@ def main() -> None:
                 f"{figures['optimizer_bytes'] / 1e6:.2f}",
             ]
         )
-    lora_file = found.get("lora:32", {}).get("file_bytes")
-    ours = found.get("flylora:32:8", {}).get("file_bytes")
+    lora_file = variants.get("lora:32", {}).get("file_bytes")
+    ours = variants.get("flylora:32:8", {}).get("file_bytes")
     result = {
         "model": options.model,
         "dtype": options.dtype,
         "tokens": options.tokens,
         **environment(options.device),
-        "variants": found,
+        "variants": variants,
         "file_ratio_to_lora_of_the_same_r": ours / lora_file if ours and lora_file else None,
     }
     head = [

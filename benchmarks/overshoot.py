@@ -26,7 +26,7 @@ from typing import Any
 from flylora.adapter_folder import KIND_NAMES, read_adapter
 from flylora.lab.baselines.split_lora import SplitLoraConfig
 from flylora.lab.evaluation import EvalConfig, evaluate
-from flylora.lab.study.run import CELLS
+from flylora.lab.study.record import ADAPTER, cell_folder
 from flylora.merging import MergeConfig, merge_adapters
 from flylora.merging.methods import linear_share
 from flylora.models import LoadedModel, load_model
@@ -139,8 +139,8 @@ def main() -> None:
         "losses": {},
     }
     for method in setting.methods:
-        cells = setting.run / CELLS / f"seed{setting.seed}" / setting.model / method
-        adapters = [cells / task / "train" / "adapter" for task in tasks]
+        cells = [f"seed{setting.seed}/{setting.model}/{method}/{task}/train" for task in tasks]
+        adapters = [cell_folder(setting.run, cell) / ADAPTER for cell in cells]
         result["norms"][method] = [update_norm(adapter) for adapter in adapters]
         result["losses"][method] = {}
         for name, config in weighted(adapters):

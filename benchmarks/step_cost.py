@@ -16,17 +16,18 @@ import torch
 from torch import nn
 
 from benchmarks.measure import (
-    base_model,
     common_options,
-    environment,
     interleaved,
+    random_tokens,
     ratio,
     spread,
+    start,
     table,
     variant,
+    with_interval,
+    with_quartiles,
     write,
 )
-from flylora.kernels import cpu as native
 
 CURVES: dict[str, list[int]] = {
     "tokens": [128, 256, 512, 1024, 2048, 4096],
@@ -62,10 +63,8 @@ def compare(
     base: nn.Module, words: list[str], tokens: int, repetitions: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Seconds of every variant, and overheads as ratios to each LoRA among them."""
-    vocabulary = base.get_submodule("model.embed_tokens").num_embeddings
     length, device = min(options.length, tokens), options.device
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(int(vocabulary), (tokens // length, length), generator=generator).to(device)
+    ids = random_tokens(base, tokens // length, length, device)
     models = {name: variant(base, name) for name in ["base", *words]}
     functions = {name: step(model, ids, not options.body, options.compile) for name, model in models.items()}
     seconds = interleaved(functions, repetitions, device)
@@ -85,17 +84,18 @@ def compare(
 
 
 def rows_of(result: dict[str, Any], label: str = "") -> list[list[str]]:
+    """Rows of the table: one for each variant, with the point of a curve before it."""
     rows = []
-    for name, found in result["seconds"].items():
+    for name, seconds in result["seconds"].items():
         over = result["overhead_seconds"].get(name)
         ratios = result["overhead_ratio"].get(name, {})
         rows.append(
             [
                 *([label] if label else []),
                 name,
-                f"{found['median']:.3f} ({found['quartile_1']:.3f} to {found['quartile_3']:.3f})",
+                with_quartiles(seconds, 3),
                 "" if over is None else f"{over['median']:.3f}",
-                ", ".join(f"{middle:.2f} ({low:.2f} to {high:.2f}) {o}" for o, (middle, low, high) in ratios.items()),
+                ", ".join(f"{with_interval(figures, 2)} {other}" for other, figures in ratios.items()),
             ]
         )
     return rows
@@ -106,7 +106,7 @@ HEAD = ["variant", "seconds a step (quartiles)", "overhead, seconds", "overhead 
 
 def curve(name: str, options: argparse.Namespace, base: nn.Module) -> list[tuple[int, dict[str, Any]]]:
     """The comparison at every point of a range."""
-    found = []
+    points = []
     for value in CURVES[name]:
         tokens, words = options.tokens, list(options.variants)
         if name == "tokens":
@@ -116,39 +116,29 @@ def curve(name: str, options: argparse.Namespace, base: nn.Module) -> list[tuple
         else:
             words = ["lora:8", f"lora:{32 * value}", f"flylora:32:8:{value}"]
         repetitions = max(5, options.repetitions * 512 // max(512, tokens))
-        found.append((value, compare(base, words, tokens, repetitions, options)))
-        print(name, value, found[-1][1]["overhead_ratio"], flush=True)
-    return found
+        points.append((value, compare(base, words, tokens, repetitions, options)))
+        print(name, value, points[-1][1]["overhead_ratio"], flush=True)
+    return points
 
 
 def main() -> None:
-    parser = common_options(__doc__)
+    parser = common_options(__doc__, repetitions=15)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--length", type=int, default=128, help="tokens of one item")
     parser.add_argument("--variants", nargs="+", default=["lora:8", "lora:32", "flylora:32:8"])
-    parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--body", action="store_true", help="without the language model's head")
     parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True) every variant")
     parser.add_argument("--curve", choices=list(CURVES))
-    parser.add_argument("--plain", action="store_true", help="without the native kernel, where it is compiled")
     options = parser.parse_args()
-    if options.plain:
-        native.disable()
-    model, _ = base_model(options.model, options.dtype, options.device, options.layers)
-    about = {
-        "model": options.model,
-        "layers": options.layers,
-        "dtype": options.dtype,
-        "compiled": options.compile,
-        **environment(options.device),
-    }
+    model, about = start(options)
+    about["compiled"] = options.compile
     if options.curve is None:
-        found = compare(model, options.variants, options.tokens, options.repetitions, options)
-        result, text = {**about, **found}, table(HEAD, rows_of(found))
+        figures = compare(model, options.variants, options.tokens, options.repetitions, options)
+        result, text = {**about, **figures}, table(HEAD, rows_of(figures))
     else:
         points = curve(options.curve, options, model)
-        result = {**about, "curve": options.curve, "points": [{options.curve: v, **found} for v, found in points]}
-        text = table([options.curve, *HEAD], [row for v, found in points for row in rows_of(found, str(v))])
+        result = {**about, "curve": options.curve, "points": [{options.curve: v, **figures} for v, figures in points]}
+        text = table([options.curve, *HEAD], [row for v, figures in points for row in rows_of(figures, str(v))])
     part = f"{options.layers or 'all'} layers{' without the head' if options.body else ''}"
     title = (
         f"{options.model}, {options.dtype}, {part}, {about['threads']} threads, "
