@@ -38,10 +38,10 @@ SHAPES = {  # (out_features, in_features) of Llama-3.1-8B
 
 
 def build(folder: Path, seed: int, layers: int) -> None:
-    """One adapter of random weights, written tensor by tensor."""
+    """One adapter of random weights."""
     from flylora import FlyLoraConfig
-    from flylora import projection as projections
-    from flylora.adapter_folder import KEY_PREFIX, new_adapter
+    from flylora.adapter_folder import KEY_PREFIX, write_adapter
+    from flylora.projection import Identity, derive_seed, draw_blocks
 
     config = FlyLoraConfig(
         r=RANK,
@@ -53,23 +53,16 @@ def build(folder: Path, seed: int, layers: int) -> None:
     config.base_model_name_or_path = "llama-3.1-8b-shapes"
     modules = {f"model.layers.{layer}.{name}": shape for layer in range(layers) for name, shape in SHAPES.items()}
     config.remember_in_features({name: shape[1] for name, shape in modules.items()})
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for name, (out_features, _) in modules.items():
-        layout[f"{KEY_PREFIX}{name}.flylora_B"] = (torch.float32, (out_features, RANK))
-        layout[f"{KEY_PREFIX}{name}.flylora_d"] = (torch.int32, (RANK,))
-        layout[f"{KEY_PREFIX}{name}.flylora_seed"] = (torch.int64, (1,))
-        layout[f"{KEY_PREFIX}{name}.flylora_fingerprint"] = (torch.uint8, (1, 32))
     generator = torch.Generator().manual_seed(seed)
-    with new_adapter(folder, config, layout) as file:
-        for name, (out_features, in_features) in modules.items():
-            own = projections.derive_seed(seed, name)
-            block = config.blocks_at(name)[0]
-            projection = projections.draw_nonzeros(own, RANK, in_features, block.nonzeros(in_features))
-            digest = projections.fingerprint(projection, in_features)
-            file.write(f"{KEY_PREFIX}{name}.flylora_B", torch.randn(out_features, RANK, generator=generator))
-            file.write(f"{KEY_PREFIX}{name}.flylora_d", torch.zeros(RANK))
-            file.write(f"{KEY_PREFIX}{name}.flylora_seed", torch.tensor([own]))
-            file.write(f"{KEY_PREFIX}{name}.flylora_fingerprint", torch.tensor([list(digest)], dtype=torch.uint8))
+    tensors: dict[str, Tensor] = {}
+    for name, (out_features, in_features) in modules.items():
+        drawn = draw_blocks([derive_seed(seed, name)], config.blocks_at(name), in_features)
+        seeds, fingerprints = Identity.of(drawn).tensors()
+        tensors[f"{KEY_PREFIX}{name}.flylora_B"] = torch.randn(out_features, RANK, generator=generator)
+        tensors[f"{KEY_PREFIX}{name}.flylora_d"] = torch.zeros(RANK, dtype=torch.int32)
+        tensors[f"{KEY_PREFIX}{name}.flylora_seed"] = seeds
+        tensors[f"{KEY_PREFIX}{name}.flylora_fingerprint"] = fingerprints
+    write_adapter(folder, config, tensors)
 
 
 def peak_bytes() -> int:
@@ -79,12 +72,12 @@ def peak_bytes() -> int:
 
 def one_merge(adapters: list[str], out: str, method: str, rank: int | None) -> dict[str, Any]:
     """One merge in this process: seconds, peak memory and size of the output."""
-    from flylora.merging import MergeConfig, merge_adapters
+    from flylora.merging import merge
 
     before = peak_bytes()
     started = time.perf_counter()
     cpu = time.process_time()
-    record = merge_adapters(MergeConfig(adapters, out, method=method, rank=rank, overwrite=True))  # type: ignore[arg-type]
+    record = merge(adapters, out, method=method, rank=rank, overwrite=True)  # type: ignore[arg-type]
     seconds = time.perf_counter() - started
     size = (Path(out) / "adapter_model.safetensors").stat().st_size
     return {

@@ -23,12 +23,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flylora.adapter_folder import KIND_NAMES, read_adapter
+from flylora.adapter_folder import KINDS, read_adapter
 from flylora.lab.baselines.split_lora import SplitLoraConfig
 from flylora.lab.evaluation import EvalConfig, evaluate
+from flylora.lab.merging import MergeConfig, merge_adapters
 from flylora.lab.study.record import ADAPTER, cell_folder
-from flylora.merging import MergeConfig, merge_adapters
 from flylora.merging.methods import linear_share
+from flylora.merging.options import MethodName
 from flylora.models import LoadedModel, load_model
 from flylora.records import provenance, write_text
 
@@ -38,11 +39,10 @@ TOGETHER = (1.0, 0.5)
 
 def update_norm(folder: Path) -> float:
     """sqrt(sum over modules of ||W||_F^2), W = s B A, by the factors alone: ||B A||_F^2 = <B^T B, A A^T>."""
-    adapter, total = read_adapter(folder, KIND_NAMES), 0.0
+    adapter, total = read_adapter(folder, KINDS), 0.0
     for module in adapter.modules:
-        factors, n = adapter.factors(module), adapter.in_features(module)
-        assert n is not None
-        up, down = factors.scaled_up().double(), factors.down(n).double()
+        factors = adapter.factors(module)
+        up, down = factors.scaled_up().double(), factors.down().double()
         products = (up.t() @ up) * (down @ down.t())  # their sum is the square of the norm
         if isinstance(adapter.config, SplitLoraConfig):
             rank = adapter.config.r // adapter.config.experts
@@ -54,23 +54,28 @@ def update_norm(folder: Path) -> float:
     return total**0.5
 
 
+def merging(adapters: list[str], method: MethodName, weight: float, **options: Any) -> MergeConfig:
+    """Settings of a merge with one weight for all; the caller names the output."""
+    return MergeConfig(adapters=adapters, out="", method=method, weights=[weight] * len(adapters), **options)
+
+
 def weighted(adapters: list[Path]) -> Iterator[tuple[str, MergeConfig]]:
     """Name and settings of everything whose loss is measured; the last adapter is that of the task."""
     own, every = [str(adapters[-1])], [str(adapter) for adapter in adapters]
     for weight in ALONE:
-        yield f"its own adapter, weight {weight:g}", MergeConfig(own, "", "sum", [weight])
+        yield f"its own adapter, weight {weight:g}", merging(own, "sum", weight)
     for weight in TOGETHER:
-        yield f"sum, weight {weight:g}", MergeConfig(every, "", "sum", [weight] * len(every))
-    if read_adapter(adapters[-1], KIND_NAMES).kind == "splitlora":
+        yield f"sum, weight {weight:g}", merging(every, "sum", weight)
+    if read_adapter(adapters[-1], KINDS).kind.name == "splitlora":
         return  # no matrix
-    yield "its own adapter, largest 20 %", MergeConfig(own, "", "magnitude_prune", [1.0], density=0.2)
+    yield "its own adapter, largest 20 %", merging(own, "magnitude_prune", 1.0, density=0.2)
     for weight in TOGETHER:
-        yield f"ties, weight {weight:g}", MergeConfig(every, "", "ties", [weight] * len(every))
+        yield f"ties, weight {weight:g}", merging(every, "ties", weight)
 
 
 def loss(setting: argparse.Namespace, method: str, name: str, config: MergeConfig, loaded: LoadedModel) -> float:
     """The loss of one merge, measured once."""
-    inputs = [read_adapter(path, KIND_NAMES).fingerprint for path in config.adapters]
+    inputs = [read_adapter(path, KINDS).fingerprint for path in config.adapters]
     digest = hashlib.sha256(" ".join([*inputs, str(setting.task), str(setting.items)]).encode()).hexdigest()[:8]
     slug = "".join(c if c.isalnum() else "_" for c in f"{method} {name} {digest}")
     file = Path(setting.work) / f"{slug}.json"

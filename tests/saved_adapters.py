@@ -15,7 +15,8 @@ import flylora
 from conftest import make_model
 from flylora.adapter_folder import SavedAdapter, read_adapter
 from flylora.lab.baselines.split_lora import SplitLoraConfig
-from flylora.merging import MergeConfig, MergeRecord, merge_adapters
+from flylora.lab.merging import MergeConfig, merge_adapters
+from flylora.merging import MergeRecord
 
 INPUTS = 24
 

@@ -17,8 +17,6 @@ from flylora import UserError, functional
 from flylora.adapter_folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    SavedAdapter,
-    TensorFile,
     read_adapter,
     write_adapter,
 )
@@ -38,7 +36,7 @@ def test_factors_of_a_routed_adapter_give_the_output_of_the_real_layer(save: Sav
     model = peft.PeftModel.from_pretrained(make_model(), str(adapter.path)).eval()
     modules = dict(model.base_model.model.named_modules())
     for name in adapter.modules:
-        factors, layer = adapter.with_in_features(adapter.factors(name)), modules[name]
+        factors, layer = adapter.factors(name), modules[name]
         x = torch.randn(9, layer.in_features, generator=torch.Generator().manual_seed(0))
         y = x @ factors.down().T
         z = functional.routed_codes(y, functional.select(y, factors.routing_bias, factors.routing))
@@ -80,24 +78,22 @@ def test_a_lora_on_conv1d_is_read_in_the_orientation_of_its_factors(tmp_path: Pa
 def test_small_factors_read_no_b(save: Save) -> None:
     adapter = save("a", fly())
     assert adapter.small(Q).up.is_meta
-    assert adapter.small(Q).fingerprints == adapter.factors(Q).fingerprints
+    assert adapter.small(Q).identity == adapter.factors(Q).identity
 
 
-def test_inputs_are_found_by_the_fingerprint_alone(save: Save) -> None:
-    def without_widths(name: str, **fields: object) -> SavedAdapter:
-        path = save(name, fly(**fields)).path
-        edit_config(path, in_features=None)
-        return read_adapter(path)
-
-    adapter = without_widths("a", target_modules="all-linear")
-    assert adapter.in_features("model.layers.0.mlp.down_proj") == 48
-    assert adapter.in_features("model.layers.1.self_attn.q_proj") == 32
-    narrow = without_widths("b", target_modules=["up_proj"])
-    assert narrow.in_features("model.layers.0.mlp.up_proj") is None
-    assert narrow.in_features("model.layers.0.mlp.up_proj", hint=31) is None
-    assert narrow.in_features("model.layers.0.mlp.up_proj", hint=32) == 32
-    with pytest.raises(UserError, match="give the base model"):
-        without_widths("c", target_modules=["up_proj"]).factors("model.layers.0.mlp.up_proj").down()
+def test_inputs_that_an_old_config_does_not_state_come_from_the_base_model(save: Save) -> None:
+    module = "model.layers.0.mlp.down_proj"
+    whole = save("a", fly(target_modules="all-linear"))
+    assert (whole.in_features(module), whole.in_features(Q)) == (48, 32)
+    edit_config(whole.path, in_features=None)
+    old = read_adapter(whole.path)
+    assert old.in_features(module) is None
+    with pytest.raises(UserError, match=r"does not state the number of inputs.*give the base model"):
+        old.factors(module).down()
+    for factors in (old.factors(module, 48), old.with_in_features({module: 48}).factors(module)):
+        assert torch.equal(factors.down(), whole.factors(module).down())
+    with pytest.raises(UserError, match="not the one that this adapter was trained with"):
+        old.factors(module, 32).down()
 
 
 def test_an_altered_seed_is_refused_when_the_projection_is_made(save: Save) -> None:
@@ -105,8 +101,8 @@ def test_an_altered_seed_is_refused_when_the_projection_is_made(save: Save) -> N
     tensors = load_file(adapter.path / WEIGHTS_FILE)
     tensors[f"base_model.model.{Q}.flylora_seed"] += 1
     save_file(tensors, adapter.path / WEIGHTS_FILE)
-    with pytest.raises(UserError, match="not the one the adapter was trained with"):
-        read_adapter(adapter.path).factors(Q).down(32)
+    with pytest.raises(UserError, match="not the one that this adapter was trained with"):
+        read_adapter(adapter.path).factors(Q, 32).down()
 
 
 def test_a_stored_projection_is_used_and_not_regenerated(save: Save, tmp_path: Path) -> None:
@@ -116,7 +112,7 @@ def test_a_stored_projection_is_used_and_not_regenerated(save: Save, tmp_path: P
     model.save_pretrained(str(tmp_path / "edited"))
     adapter = read_adapter(tmp_path / "edited")
     assert adapter.stores_projection
-    assert torch.equal(adapter.factors(Q).down(32), layer.flylora_A["default"])
+    assert torch.equal(adapter.factors(Q, 32).down(), layer.flylora_A["default"])
 
 
 @pytest.mark.parametrize("kind", ["flylora", "lora"])
@@ -158,30 +154,6 @@ def test_an_interrupted_write_leaves_nothing_and_keeps_what_was_there(save: Save
         raise KeyboardInterrupt
     assert sorted(tmp_path.iterdir()) == before
     assert read_adapter(adapter.path).fingerprint == adapter.fingerprint
-
-
-def test_a_tensor_file_holds_every_dtype_whatever_the_order(tmp_path: Path) -> None:
-    tensors = {
-        "odd": torch.arange(3, dtype=torch.uint8),
-        "half": torch.randn(3).to(torch.bfloat16),
-        "long": torch.tensor([1, -5]),
-        "float": torch.randn(5, 3),
-        "empty": torch.zeros(0, 4),
-        "int": torch.tensor([7], dtype=torch.int32),
-    }
-    layout = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-    with TensorFile(tmp_path / "x.safetensors", layout) as file:
-        for key in reversed(tensors):
-            file.write(key, tensors[key])
-    found = load_file(tmp_path / "x.safetensors")
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
-    with pytest.raises(ValueError, match="never written"), TensorFile(tmp_path / "y.safetensors", layout):
-        pass
-    with TensorFile(tmp_path / "z.safetensors", {"a": (torch.float32, (2,))}) as file:
-        with pytest.raises(ValueError, match="shape"):
-            file.write("a", torch.zeros(3))
-        file.write("a", torch.zeros(2))
 
 
 def test_every_unusable_folder_is_refused_in_one_sentence(save: Save, tmp_path: Path) -> None:

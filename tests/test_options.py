@@ -214,3 +214,23 @@ def test_inherited_options_are_checked_and_described() -> None:
 def test_the_nearest_name() -> None:
     assert nearest("trian", ["train", "eval"]) == "did you mean 'train'?"
     assert nearest("xyz", ["train", "eval"]) == "choose one of train, eval."
+
+
+@options
+@dataclass(frozen=True)
+class Optional:
+    optional: Count = 1
+
+
+@options
+@dataclass(frozen=True, kw_only=True)
+class Required(Optional):
+    required: str
+
+
+def test_a_subclass_may_ask_for_more_by_keyword() -> None:
+    assert Required(required="x") == dataclasses.replace(Required(required="y", optional=1), required="x")
+    with pytest.raises(UserError, match="optional must be at least 1"):
+        Required(required="x", optional=0)
+    with pytest.raises(UserError, match="required is missing"):
+        Required()  # type: ignore[call-arg]

@@ -26,10 +26,10 @@ from flylora.errors import UserError
 from flylora.lab.evaluation.config import EvalConfig
 from flylora.lab.examples import PreviewOptions
 from flylora.lab.exporting.config import ExportConfig
+from flylora.lab.merging.config import CalibrateConfig, MergeConfig
 from flylora.lab.study.config import DemoOptions, StudyOptions
 from flylora.lab.training.config import TrainConfig
 from flylora.lab.training.interrupt import TrainingInterrupted
-from flylora.merging.config import CalibrateConfig, MergeConfig
 
 EXIT_CELLS_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -75,17 +75,17 @@ def _export(config: ExportConfig) -> None:
 
 
 def _merge(config: MergeConfig) -> None:
-    from flylora.merging import merge_adapters
-    from flylora.merging.show import show_merge
+    from flylora.lab.merging import merge_adapters
+    from flylora.lab.merging.show import show_merge
 
     show_merge(merge_adapters(config))
 
 
 def _calibrate(config: CalibrateConfig) -> None:
-    from flylora.merging import calibrate
-    from flylora.merging.show import show_calibration
+    from flylora.lab.merging import calibrate_adapters
+    from flylora.lab.merging.show import show_calibration
 
-    show_calibration(calibrate(config), config)
+    show_calibration(calibrate_adapters(config), config)
 
 
 def _study(options: StudyOptions) -> int:

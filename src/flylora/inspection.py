@@ -70,10 +70,10 @@ def inspect_adapter(path: str | Path) -> AdapterSummary:
     adapter = read_adapter(path)
     shares = _read_shares(adapter.path)
     modules = tuple(_summarise(adapter, name, shares.get(name)) for name in adapter.modules)
-    is_lora = adapter.kind == "lora"
+    is_lora = adapter.kind.name == "lora"
     return AdapterSummary(
         path=str(path),
-        kind=adapter.kind,
+        kind=adapter.kind.name,
         base_model=adapter.base_model,
         settings=_settings(adapter),
         trainable=sum(m.shape[0] * m.r + (m.r * (m.shape[1] or 0) if is_lora else 0) for m in modules),
@@ -100,24 +100,22 @@ def _settings(adapter: SavedAdapter) -> dict[str, Any]:
 
 def _summarise(adapter: SavedAdapter, name: str, shares: list[float] | None) -> ModuleSummary:
     factors = adapter.small(name)
-    # The config's n comes first: what adapter.in_features finds has the right fingerprint by construction.
-    recorded = adapter.config.in_features_at(name) if isinstance(adapter.config, FlyLoraConfig) else None
-    n = recorded or adapter.in_features(name)
+    n = adapter.in_features(name)
     fits: bool | None = None
-    if adapter.kind == "flylora" and n is not None:
+    if adapter.kind.name == "flylora" and n is not None:
         try:
-            factors.block_projections(n)
+            factors.projections()
             fits = True
         except UserError:
             fits = False
-    elif adapter.kind == "lora":
+    elif adapter.kind.name == "lora":
         fits = True
     return ModuleSummary(
         name=name,
         shape=(adapter.out_features(name), n),
         r=factors.rank,
         k=sum(min(block.k, block.r) for block in factors.routing),
-        seeds=factors.seeds,
+        seeds=factors.identity.seeds,
         fingerprint_ok=fits,
         bias_steps=(int(factors.steps.min()), int(factors.steps.max())),
         load=None if not shares else _load_summary(shares),

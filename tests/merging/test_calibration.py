@@ -1,10 +1,8 @@
-"""Statistics of a task's tokens, the least squares merge that uses them, and what flylora merge measures."""
+"""Statistics of a task's tokens, the least squares merge that uses them, and and the library's merge with texts."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,12 @@ from torch import Tensor, nn
 from conftest import make_model
 from flylora import UserError, functional
 from flylora.adapter_folder import SavedAdapter, read_adapter
-from flylora.lab.evaluation.retention import ItemLosses, retention
-from flylora.lab.tasks import Example, Task
-from flylora.merging import CalibrateConfig, MergeConfig, calibrate, merge_adapters
-from flylora.merging.calibration import GramTable, _texts, gather, read_statistics, write_statistics
-from flylora.merging.engine import MergeSpec, merge_to
-from flylora.merging.layout import plan
-from flylora.merging.merge import TABLE_NAME
-from flylora.texts import IGNORED, Encoded
+from flylora.merging import METHODS, MergeOptions, calibrate, merge
+from flylora.merging.calibration import GramTable, gather, read_statistics, write_statistics
+from flylora.merging.engine import MergeReport, merge_to
+from flylora.merging.layout import Layout, plan
+from flylora.models import load_model
+from flylora.texts import IGNORED, Encoded, encode_texts
 from reference import merging as reference
 from saved_adapters import Save, fly, lora
 
@@ -45,6 +41,12 @@ def pair(save: Save) -> list[SavedAdapter]:
     return [save("a", fly(projection_seed=1), 1), save("b", fly(projection_seed=2, r=6, k=3), 2)]
 
 
+def least_squares(out: Path, layout: Layout, ridge: float, table: GramTable) -> MergeReport:
+    out.mkdir()
+    options = MergeOptions(method="least_squares", ridge=ridge)
+    return merge_to(out, layout, METHODS["least_squares"], options, table, quiet=True)
+
+
 def inputs_of(model: nn.Module, module: str, rows: list[Encoded]) -> list[Tensor]:
     """The input of one module for each text alone, without padding."""
     seen: list[Tensor] = []
@@ -57,7 +59,7 @@ def inputs_of(model: nn.Module, module: str, rows: list[Encoded]) -> list[Tensor
 
 
 def literal_codes(adapter: SavedAdapter, module: str, x: Tensor) -> Tensor:
-    factors = adapter.with_in_features(adapter.factors(module))
+    factors = adapter.factors(module)
     y = x @ factors.down().T
     return functional.routed_codes(y, functional.select(y, factors.routing_bias, factors.routing))
 
@@ -128,12 +130,12 @@ def test_the_merge_is_the_float64_solution_in_every_module(save: Save, tmp_path:
     layout = plan(adapters)
     tasks = [gather(make_model(), layout, rows, quiet=True) for rows in (texts()[:3], texts()[3:])]
     table = GramTable(layout, tasks, ["x", "y"])
-    report = merge_to(tmp_path / "out", adapters, MergeSpec("least_squares", ridge=0.05), table, quiet=True)
+    report = least_squares(tmp_path / "out", layout, 0.05, table)
     merged = read_adapter(tmp_path / "out")
     for module in merged.modules:
         local = layout.at(module)
         ups = [
-            local.place(t, adapter.factors(module).scaled_up()).double().numpy() for t, adapter in enumerate(adapters)
+            local.expand(t, adapter.factors(module).scaled_up()).double().numpy() for t, adapter in enumerate(adapters)
         ]
         grams = [(task.grams[module].sum(0) / task.tokens.sum()).numpy() for task in tasks]
         penalty = 0.05 * (0.5 * grams[0] + 0.5 * grams[1]).trace() / local.rank
@@ -147,10 +149,9 @@ def test_an_adapter_that_leaves_a_module_alone_wants_no_update_there(save: Save,
     adapters = [save("a", fly(projection_seed=1), 1), save("b", fly(projection_seed=2, target_modules=["v_proj"]), 2)]
     layout = plan(adapters)
     tasks = [gather(make_model(), layout, rows, quiet=True) for rows in (texts()[:3], texts()[3:])]
-    spec, table = MergeSpec("least_squares", ridge=1e-3), GramTable(layout, tasks, ["x", "y"])
-    merge_to(tmp_path / "out", adapters, spec, table, quiet=True)
+    least_squares(tmp_path / "out", layout, 1e-3, GramTable(layout, tasks, ["x", "y"]))
     up = adapters[0].factors(Q).scaled_up().double().numpy()
-    own = layout.at(Q).place(0, torch.from_numpy(up)).numpy()
+    own = layout.at(Q).expand(0, torch.from_numpy(up)).numpy()
     grams = [(task.grams[Q].sum(0) / task.tokens.sum()).numpy() for task in tasks]
     penalty = 1e-3 * (0.5 * grams[0] + 0.5 * grams[1]).trace() / len(grams[0])
     expected = reference.least_squares([own, 0 * own], grams, [0.5, 0.5], own / 2, penalty)
@@ -183,126 +184,77 @@ def test_files_that_are_no_statistics_are_refused(tmp_path: Path) -> None:
         read_statistics(tmp_path / "cut.safetensors")
 
 
-# --- the commands on a tiny model and task
+# --- the library's calls with texts
 
 
 @pytest.fixture
-def world(save: Save, tiny_model_dir: Path, tiny_task: Path) -> dict[str, Any]:
-    adapters = [
-        save("a", fly(projection_seed=1), 1, base=str(tiny_model_dir)),
-        save("b", fly(projection_seed=2), 2, base=str(tiny_model_dir)),
+def saved(save: Save, tiny_model_dir: Path) -> list[str]:
+    return [
+        str(save(name, fly(projection_seed=seed), seed, base=str(tiny_model_dir)).path)
+        for seed, name in enumerate("ab", 1)
     ]
-    return {"adapters": [str(adapter.path) for adapter in adapters], "task": str(tiny_task)}
 
 
-def test_calibrate_then_merge_is_merging_with_tasks(world: dict[str, Any], tmp_path: Path) -> None:
-    files = [str(tmp_path / "1.safetensors"), str(tmp_path / "2.safetensors")]
-    for file in files:
-        calibrate(CalibrateConfig(world["adapters"], world["task"], file, texts=8, dtype="float32"))
-    shared: dict[str, Any] = {"adapters": world["adapters"], "method": "least_squares", "dtype": "float32", "texts": 8}
-    by_files = merge_adapters(MergeConfig(**shared, out=str(tmp_path / "x"), calibrate=files))
-    by_tasks = merge_adapters(MergeConfig(**shared, out=str(tmp_path / "y"), calibrate=[world["task"]] * 2))
-    assert by_files.adapter_fingerprint == by_tasks.adapter_fingerprint
-    assert by_tasks.calibration[0]["texts"] == 8
-    assert by_tasks.calibration[0]["run"] == "average"
-    assert sum(by_tasks.parameters["ridge"].values()) == 6
-    with pytest.raises(UserError, match="exists already"):
-        calibrate(CalibrateConfig(world["adapters"], world["task"], files[0], texts=8))
-    with pytest.raises(UserError, match="not files"):
-        merge_adapters(MergeConfig(**shared, out=str(tmp_path / "z"), calibrate=files, rounds=2))
+FIRST = ["a plain text, every token of it", ("2 + 2 =", " 4")]
+SECOND = [("the capital of France is", " Paris"), ("3 + 4 =", " 7"), "another text"]
 
 
-def test_a_second_round_runs_the_first_merge(world: dict[str, Any], tmp_path: Path) -> None:
-    shared: dict[str, Any] = {
-        "adapters": world["adapters"],
-        "method": "least_squares",
-        "dtype": "float32",
-        "texts": 8,
-        "calibrate": [world["task"]] * 2,
-        "weights": [0.7, 0.3],
-    }
-    once = merge_adapters(MergeConfig(**shared, out=str(tmp_path / "x")))
-    twice = merge_adapters(MergeConfig(**shared, out=str(tmp_path / "y"), rounds=2))
-    assert once.adapter_fingerprint != twice.adapter_fingerprint
-    files = []
-    for t in (0, 1):
-        files.append(str(tmp_path / f"{t}.safetensors"))
-        calibrate(
-            CalibrateConfig(
-                world["adapters"], world["task"], files[t], texts=8, dtype="float32", run=str(tmp_path / "x")
-            )
-        )
-    by_hand = merge_adapters(MergeConfig(**{**shared, "calibrate": files}, out=str(tmp_path / "z")))
-    assert by_hand.adapter_fingerprint == twice.adapter_fingerprint
+def test_texts_are_given_by_folder_or_in_order_and_the_model_in_three_ways(
+    saved: list[str], tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    loaded = load_model(str(tiny_model_dir), "float32")
+    given: list[tuple[Any, Any]] = [
+        ([FIRST, SECOND], loaded),
+        ({saved[1]: SECOND, saved[0]: FIRST}, (loaded.model, loaded.tokenizer)),
+        ([FIRST, SECOND], str(tiny_model_dir)),
+        ([encode_texts(FIRST, loaded.tokenizer), encode_texts(SECOND, loaded.tokenizer)], None),
+    ]
+    records = [
+        merge(saved, tmp_path / str(i), method="least_squares", texts=texts, model=model, dtype="float32")
+        for i, (texts, model) in enumerate(given)
+    ]
+    assert len({record.adapter_fingerprint for record in records}) == 1
+    assert [entry["texts"] for entry in records[0].calibration] == [2, 3]
+    swapped = merge(saved, tmp_path / "swapped", method="least_squares", texts=[SECOND, FIRST], model=loaded)
+    assert swapped.adapter_fingerprint != records[0].adapter_fingerprint
+    assert not loaded.model.training
 
 
-def test_evaluate_writes_a_table_that_says_what_was_kept(world: dict[str, Any], tmp_path: Path) -> None:
-    record = merge_adapters(
-        MergeConfig(world["adapters"], str(tmp_path / "out"), evaluate=[world["task"]] * 2, dtype="float32")
-    )
-    assert [row["task"] for row in record.evaluation] == ["letters", "letters"]
-    row = record.evaluation[0]
-    assert row["items"] == 8
-    assert row["base"] == record.evaluation[1]["base"]
-    assert row["merged"] == record.evaluation[1]["merged"]
-    if row["retention"] is not None:
-        assert row["retention"] == pytest.approx((row["base"] - row["merged"]) / (row["base"] - row["single"]))
-    text = (tmp_path / "out" / TABLE_NAME).read_text()
-    assert f"{row['merged']:.3f}" in text
-    assert text.count("letters") == 2
+def test_statistics_in_files_are_the_texts_they_were_made_of(saved: list[str], tmp_path: Path) -> None:
+    files = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    for file, texts in zip(files, (FIRST, SECOND), strict=True):
+        calibrate(saved, texts, file, dtype="float32")
+    by_files = merge(saved, tmp_path / "x", method="least_squares", statistics=files)
+    by_texts = merge(saved, tmp_path / "y", method="least_squares", texts=[FIRST, SECOND], dtype="float32")
+    assert by_files.adapter_fingerprint == by_texts.adapter_fingerprint
+    with pytest.raises(UserError, match=r"ends in \.safetensors"):
+        calibrate(saved, FIRST, tmp_path / "folder")
 
 
-def test_search_tunes_on_the_validation_split_and_reports_on_test(world: dict[str, Any], tmp_path: Path) -> None:
-    tasks = [world["task"]] * 2
-    options: dict[str, Any] = {"method": "sum", "search": True, "evaluate": tasks, "dtype": "float32"}
-    record = merge_adapters(MergeConfig(world["adapters"], str(tmp_path / "out"), **options))
-    best = max(record.search, key=lambda entry: entry["mean"])
-    assert len(record.search) == 6
-    assert [entry["weight"] for entry in record.inputs] == best["weights"]
+def test_texts_that_do_not_fit_the_adapters_are_refused_and_leave_nothing(saved: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"texts": [FIRST]}, "one entry for each of the 2 adapters"),
+        ({"texts": {saved[0]: FIRST, "elsewhere": SECOND}}, "do not name the same folders"),
+        ({"texts": [FIRST, "one string"]}, "texts is one string"),
+        ({"texts": [FIRST, SECOND], "statistics": ["a", "b"]}, "give one of them"),
+        ({"texts": [FIRST, SECOND], "method": "ties"}, "uses no text"),
+        ({}, "needs text of each task"),
+    ]
+    for options, sentence in cases:
+        with pytest.raises(UserError, match=sentence):
+            merge(saved, out, **{"method": "least_squares", "dtype": "float32", **options})
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_search_cannot_report_on_what_it_tuned(world: dict[str, Any], tmp_path: Path) -> None:
-    options: dict[str, Any] = {"method": "sum", "search": True, "evaluate": [world["task"]] * 2, "dtype": "float32"}
-    with pytest.raises(UserError, match="evaluate on test"):
-        merge_adapters(MergeConfig(world["adapters"], str(tmp_path / "out"), **options, eval_split="validation"))
-    with pytest.raises(UserError, match="use sum"):
-        merge_adapters(MergeConfig(world["adapters"], str(tmp_path / "out"), **{**options, "method": "average"}))
-    assert not (tmp_path / "out").exists()
-
-
-# --- retention
-
-
-def test_retention_is_the_ratio_of_gains_with_a_jackknife_like_error() -> None:
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(3, 9, 400)
-    base = rng.normal(2.0, 0.3, 400) * tokens
-    single = base - rng.normal(1.0, 0.2, 400) * tokens
-    merged = base - 0.8 * (base - single) + rng.normal(0, 0.3, 400)
-    losses = [ItemLosses(values.tolist(), tokens.tolist()) for values in (base, single, merged)]
-    found = retention(*losses)
-    assert found is not None
-    assert found[0] == pytest.approx((base - merged).sum() / (base - single).sum())
-    draws = []
-    for _ in range(500):
-        picked = rng.integers(0, 400, 400)
-        draws.append((base - merged)[picked].sum() / (base - single)[picked].sum())
-    assert found[1] == pytest.approx(float(np.std(draws)), rel=0.15)
-
-
-def test_nothing_gained_is_nothing_to_keep() -> None:
-    same = ItemLosses([1.0, 2.0], [1, 2])
-    assert retention(same, same, same) is None
-    assert math.isclose(same.per_token, 1.0)
-
-
-def test_calibration_texts_are_those_that_fit_and_more_begin_with_fewer(tokenizer: Any) -> None:
-    letters = [Example(str(i), "p" * (3 + 7 * (i % 5)), "ok", "ok") for i in range(40)]
-    task = Task(name="t", version="1", load=lambda split: letters, kind="generate", max_length=24)
-    few, more = _texts(task, tokenizer, 4), _texts(task, tokenizer, 9)
-    assert [len(few), len(more)] == [4, 9]
-    assert more[:4] == few
-    assert all(len(row.input_ids) <= 24 for row in more)
-    assert len(_texts(task, tokenizer, 400)) == 24  # all that fit
-    with pytest.raises(UserError, match="None of the 40 training examples"):
-        _texts(dataclasses.replace(task, max_length=3), tokenizer, 4)
+def test_adapters_of_an_old_version_need_the_base_model_where_n_counts(saved: list[str], tmp_path: Path) -> None:
+    new = merge(saved, tmp_path / "new", method="ties", rank=4)
+    for path in saved:
+        config = Path(path, "adapter_config.json")
+        config.write_text(json.dumps({**json.loads(config.read_text()), "in_features": None}))
+    with pytest.raises(UserError, match="No adapter states the number of inputs"):
+        merge(saved, tmp_path / "out", method="ties", rank=4)
+    base = read_adapter(saved[0]).base_model
+    old = merge(saved, tmp_path / "old", method="ties", rank=4, model=base)
+    assert old.adapter_fingerprint == new.adapter_fingerprint
+    assert merge(saved, tmp_path / "average").exact  # which needs no projection

@@ -20,6 +20,8 @@ from flylora.merging.record import RECORD_NAME
 from flylora.records import read_record
 from saved_adapters import Save, assert_same_outputs, fly, lora, merge, outputs, weighted
 
+SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
 
 def varied(save: Save) -> list[SavedAdapter]:
     """Different r, k, alpha, density, selection, targets, layers, per-module ranks and projections."""
@@ -263,7 +265,7 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(save: Save, tmp_pat
         ([a, b], "average", {"weights": [1.0, -1.0]}, "sum to 0"),
         ([a, b], "average", {"weights": [1.0]}, "1 weights for 2 adapters"),
         ([a, b], "average", {"density": 0.5}, "density means nothing to average"),
-        ([a, b], "ties", {"density": 0.0}, "must lie in"),
+        ([a, b], "ties", {"density": 0.0}, "density must be above 0"),
         ([a, b], "ties", {"calibrate": ["x", "y"]}, "calibrate means nothing to ties"),
         ([a, b], "average", {"rank": 3}, "keeps every input's routing"),
         ([a, b], "least_squares", {}, "needs text of each task"),
@@ -277,6 +279,23 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(save: Save, tmp_pat
         with pytest.raises(UserError, match=sentence):
             merge(out, adapters, method, **options)
         assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_short_name_and_the_hub_name_of_a_base_are_one(save: Save, tmp_path: Path) -> None:
+    a, b = save("a", fly(), 1, base="smollm2-135m"), save("b", fly(projection_seed=2), 2, base=SMOLLM2_ON_THE_HUB)
+    record = merge(tmp_path / "out", [a, b])
+    assert {entry["base_model"] for entry in record.inputs} == {SMOLLM2_ON_THE_HUB}
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == SMOLLM2_ON_THE_HUB
+
+
+def test_merged_loras_have_one_rank_and_one_alpha(save: Save, tmp_path: Path) -> None:
+    """Servers other than PEFT know neither rank nor alpha patterns."""
+    adapters = [save("a", lora(rank_pattern={"q_proj": 2}), 1), save("b", lora(r=3, target_modules="all-linear"), 2)]
+    merge(tmp_path / "out", adapters, "sum")
+    merged = read_adapter(tmp_path / "out")
+    assert {merged.rank(module) for module in merged.modules} == {merged.config.r} == {7}
+    assert (merged.config.lora_alpha, merged.config.rank_pattern, merged.config.alpha_pattern) == (7, {}, {})
 
 
 def test_different_bases_merge_when_the_user_says_they_are_one(save: Save, tmp_path: Path) -> None:
@@ -297,14 +316,12 @@ def test_other_shapes_are_refused_naming_the_module(save: Save, tmp_path: Path) 
 def test_an_interrupted_merge_leaves_nothing(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapters = varied(save)[:2]
     before = sorted(tmp_path.iterdir())
-    calls = []
 
-    def interrupt(self: Any, key: str, tensor: Any) -> None:
-        calls.append(key)
-        if len(calls) == 7:
-            raise KeyboardInterrupt
+    def interrupt(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr("flylora.adapter_folder.TensorFile.write", interrupt)
+    monkeypatch.setattr("flylora.adapter_folder.save_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         merge(tmp_path / "out", adapters)
     assert sorted(tmp_path.iterdir()) == before

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-from flylora.merging import MergeConfig
+from flylora.merging import MergeOptions
 from flylora.merging.table import METHODS
 
 
 def test_the_help_of_weights_names_every_method_that_adds() -> None:
-    said = re.search(r"except for (.*?), which add\.", " ".join(str(MergeConfig.__doc__).split()))
+    said = re.search(r"except for (.*?), which add\.", " ".join(str(MergeOptions.__doc__).split()))
     assert said is not None
     assert set(re.split(r", | and ", said[1])) == {name for name, row in METHODS.items() if not row.normalises}

@@ -10,7 +10,7 @@ import torch
 
 from conftest import make_model
 from flylora import FlyLoraConfig
-from flylora.merging import MergeConfig, merge_adapters
+from flylora.merging import merge
 from saved_adapters import assert_same_outputs, fly, outputs, randomise, weighted
 
 TRAINING = {"trained": {}, "two_phase": {"projection_steps": 3}}
@@ -31,7 +31,7 @@ def saved(path: Path, seed: int, **fields: object) -> Path:
 def test_the_average_is_the_mean_of_the_outputs_though_the_seeds_are_equal(training: str, tmp_path: Path) -> None:
     fields = {"projection_training": training, **TRAINING[training]}
     paths = [saved(tmp_path / str(seed), seed, **fields) for seed in (1, 2)]
-    merge_adapters(MergeConfig(adapters=[str(path) for path in paths], out=str(tmp_path / "out"), method="average"))
+    merge(paths, tmp_path / "out")
     assert_same_outputs(outputs(tmp_path / "out"), weighted([outputs(path) for path in paths], [0.5, 0.5]))
     config = peft.PeftConfig.from_pretrained(str(tmp_path / "out"))
     assert isinstance(config, FlyLoraConfig)
@@ -42,6 +42,6 @@ def test_one_alone_and_one_beside_a_frozen_one(tmp_path: Path) -> None:
     trained, frozen = saved(tmp_path / "a", 1, projection_training="trained"), saved(tmp_path / "b", 2)
     for number, paths in enumerate(([trained], [trained, frozen])):
         out = tmp_path / f"out{number}"
-        merge_adapters(MergeConfig(adapters=[str(path) for path in paths], out=str(out), method="average"))
+        merge(paths, out)
         expected = weighted([outputs(path) for path in paths], [1 / len(paths)] * len(paths))
         assert_same_outputs(outputs(out), expected)

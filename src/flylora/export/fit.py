@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from peft import PeftModel
 from torch import Tensor
 
-from flylora import functional
 from flylora.activations import Accumulator, gather
 from flylora.adapter_folder import ModuleFactors, SavedAdapter
 from flylora.errors import UserError
@@ -60,7 +59,7 @@ def fit(
             part = {name: widths[name] for name in names}
             moments = gather_moments(model, adapter, part, rows, options.batch_size, inputs=inputs)
         for name in names:
-            whole = adapter.with_in_features(adapter.factors(name), widths[name])
+            whole = adapter.factors(name, widths[name])
             factors.append(linear_factors(whole, options.method, options.ridge, options.rank, moments.pop(name, None)))
     return factors
 
@@ -88,21 +87,16 @@ def gather_moments(
         UserError: there is no token, or the model lacks a module.
     """
     moments = {name: Moments.empty(adapter.rank(name), n if inputs else None) for name, n in widths.items()}
-    accumulators = {
-        name: _accumulator(adapter.with_in_features(adapter.factors(name), n), moments[name])
-        for name, n in widths.items()
-    }
+    accumulators = {name: _accumulator(adapter.factors(name, n), moments[name]) for name, n in widths.items()}
     gather(model, accumulators, rows, batch_size=batch_size, quiet=quiet)
     return moments
 
 
 def _accumulator(factors: ModuleFactors, moments: Moments) -> Accumulator:
-    down, bias, routing = factors.down(), factors.routing_bias, factors.routing
+    encode = factors.encoder()
 
     def add(x: Tensor, part: int) -> None:
-        y = functional.project(x, down.to(x.device))
-        z = y if factors.is_linear else functional.routed_codes(y, functional.select(y, bias.to(y.device), routing))
-        moments.add(x, y, z)
+        moments.add(x, *encode(x))
 
     return add
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from peft import LoraConfig
 from torch import nn
 from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from flylora.activations import base_layer, modules_by_name
-from flylora.adapter_folder import KEY_PREFIX, WEIGHTS_FILE, SavedAdapter, TensorFile, save_config
+from flylora.adapter_folder import KEY_PREFIX, SavedAdapter, save_adapter
 from flylora.export.linear import LinearFactors
 
 
@@ -29,16 +28,12 @@ def write_lora(
         model: the base model, which tells whether its layers are Conv1D; without it PEFT finds out when it loads.
     """
     rank = max(update.up.shape[1] for update in factors)
-    layout = {}
+    tensors = {}
     for update in factors:
-        layout[f"{KEY_PREFIX}{update.name}.lora_A.weight"] = (torch.float32, (rank, int(update.down.shape[1])))
-        layout[f"{KEY_PREFIX}{update.name}.lora_B.weight"] = (torch.float32, (int(update.up.shape[0]), rank))
-    save_config(lora_config(adapter, rank, model), folder)
-    with TensorFile(folder / WEIGHTS_FILE, layout) as file:
-        for update in factors:
-            missing = rank - update.up.shape[1]
-            file.write(f"{KEY_PREFIX}{update.name}.lora_A.weight", pad(update.down, (0, 0, 0, missing)))
-            file.write(f"{KEY_PREFIX}{update.name}.lora_B.weight", pad(update.up, (0, missing)))
+        missing = rank - update.up.shape[1]
+        tensors[f"{KEY_PREFIX}{update.name}.lora_A.weight"] = pad(update.down, (0, 0, 0, missing))
+        tensors[f"{KEY_PREFIX}{update.name}.lora_B.weight"] = pad(update.up, (0, missing))
+    save_adapter(folder, lora_config(adapter, rank, model), tensors)
 
 
 def lora_config(adapter: SavedAdapter, rank: int, model: nn.Module | None = None) -> LoraConfig:

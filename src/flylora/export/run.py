@@ -252,7 +252,7 @@ def _described_adapter(adapter: SavedAdapter, linear: bool) -> dict[str, Any]:
     return {
         "path": str(adapter.path),
         "fingerprint": adapter.fingerprint,
-        "kind": adapter.kind,
+        "kind": adapter.kind.name,
         "base_model": adapter.base_model,
         "routes": not linear,
         "rank": max(map(adapter.rank, adapter.modules)),

@@ -1,9 +1,8 @@
-"""The rank axis of a merged adapter: which blocks stand where, and which input each of them comes from.
+"""The rank axis of a merged adapter: its blocks, and which input each of them comes from.
 
 Every input keeps its own projection and routing as a block, so that the merged adapter's codes z are those of the
-inputs side by side, and each input t is reproduced by a B_t' that is its own s_t B_t in its blocks' columns and zero
-elsewhere.
-Blocks with the same projection and routing are one block; then two inputs' columns coincide.
+inputs side by side. Input t is reproduced by a B_t' that is its own s_t B_t in its blocks' columns and zero elsewhere.
+Blocks with the same projection and routing become one block; then two inputs use the same columns.
 """
 
 from __future__ import annotations
@@ -15,35 +14,35 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from flylora import functional, projection
-from flylora.adapter_folder import KIND_NAMES, Kind, ModuleFactors, SavedAdapter
+from flylora.adapter_folder import ModuleFactors, SavedAdapter
 from flylora.errors import UserError
-from flylora.functional import Block
-from flylora.lab.baselines.split_lora import SplitLoraConfig
-from flylora.projection import NonZeros as SparseProjection
+from flylora.projection import Identity, NonZeros, Projection, derive_seed, draw_blocks, sparsify, stack_blocks
 from flylora.tuner.config import BlockConfig, FlyLoraConfig
-from flylora.tuner.layer import generate_block
 
 Source = tuple[int, int]
 """An input by its position, and one of its blocks by its position (0 for a LoRA)."""
 
 
 @dataclass(frozen=True)
-class Slot:
-    """One block of the merged adapter and the inputs' blocks that share it; ``block`` is None for a LoRA."""
+class MergedBlock:
+    """One block of the merged adapter and the inputs' blocks that become it; ``config`` is None for a LoRA."""
 
-    block: BlockConfig | None
+    config: BlockConfig | None
     sources: tuple[Source, ...]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a part of an input's B goes: its columns ``start:stop`` to columns ``target`` and following."""
+class ColumnRange:
+    """Columns ``start:stop`` of an input's B, which become columns ``target`` and following of the merged B."""
 
     adapter: int
     start: int
     stop: int
     target: int
+
+    def of(self, merged: Tensor) -> Tensor:
+        """These columns of a merged B (m, R), as a view."""
+        return merged[:, self.target : self.target + self.stop - self.start]
 
 
 @dataclass(frozen=True)
@@ -52,33 +51,27 @@ class ModuleLayout:
 
     Attributes:
         name: the module. out_features: m. rank: R, all blocks together.
-        slots: the slots that are present here (for a LoRA) or all (for FlyLoRA, absent ones with one rank and zero B).
+        blocks: those that are present here (for a LoRA) or all (for FlyLoRA, absent ones with one rank and zero B).
         ranks: r of each of them.
-        places: where each input's columns go.
+        columns: where each input's columns go.
         factors: the inputs' factors without B, by position; inputs that do not adapt this module are left out.
     """
 
     name: str
     out_features: int
     rank: int
-    slots: tuple[Slot, ...]
+    blocks: tuple[MergedBlock, ...]
     ranks: tuple[int, ...]
-    places: tuple[Place, ...]
+    columns: tuple[ColumnRange, ...]
     factors: dict[int, ModuleFactors] = field(repr=False)
 
-    def place(self, adapter: int, scaled_up: Tensor) -> Tensor:
+    def expand(self, adapter: int, scaled_up: Tensor) -> Tensor:
         """B_t' (m, R): the input's s_t B_t (m, r) in its columns, zero elsewhere."""
         out = scaled_up.new_zeros(self.out_features, self.rank)
-        for place in self.places:
-            if place.adapter == adapter:
-                width = place.stop - place.start
-                out[:, place.target : place.target + width] += scaled_up[:, place.start : place.stop]
+        for columns in self.columns:
+            if columns.adapter == adapter:
+                columns.of(out).add_(scaled_up[:, columns.start : columns.stop])
         return out
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether all inputs stand in the same columns, so that B alone tells them apart."""
-        return len(self.slots) == 1 and {source[0] for source in self.slots[0].sources} == set(self.factors)
 
 
 @dataclass(frozen=True)
@@ -86,115 +79,120 @@ class Layout:
     """How the inputs share the rank axis, over all modules."""
 
     adapters: tuple[SavedAdapter, ...]
-    kind: Kind
-    slots: tuple[Slot, ...]
+    blocks: tuple[MergedBlock, ...]
     modules: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        """The kind of all inputs."""
+        return self.adapters[0].kind.name
 
     @property
     def is_shared(self) -> bool:
         """Whether all inputs share one projection and its routing."""
-        return len(self.slots) == 1 and len(self.slots[0].sources) == len(self.adapters)
+        return len(self.blocks) == 1 and len(self.blocks[0].sources) == len(self.adapters)
 
-    def holders(self, module: str) -> list[int]:
+    def inputs_of(self, module: str) -> list[int]:
         """Positions of the inputs that adapt a module."""
         return [t for t, adapter in enumerate(self.adapters) if module in adapter.shapes]
 
-    def in_features(self, module: str, hint: int | None = None) -> int:
+    def stated_in_features(self, module: str) -> int | None:
+        """n of a module, or None where no input states it."""
+        return next((n for t in self.inputs_of(module) if (n := self.adapters[t].in_features(module))), None)
+
+    def in_features(self, module: str) -> int:
         """n of a module.
 
         Raises:
-            UserError: no file tells it and there is no hint.
+            UserError: no input states it.
         """
-        for t in self.holders(module):
-            found = self.adapters[t].in_features(module, hint)
-            if found is not None:
-                return found
-        raise UserError(
-            f"The number of inputs of {module} cannot be told from the adapter files (their projections fit none of "
-            "the widths in them): they were altered, or belong to a model that has to be named with base_model."
-        )
-
-    def known_in_features(self) -> dict[str, int]:
-        """n of the modules whose n the inputs' configs hold."""
-        known = {}
-        for module in self.modules:
-            for t in self.holders(module):
-                config = self.adapters[t].config
-                n = config.in_features_at(module) if isinstance(config, FlyLoraConfig) else None
-                if n is not None:
-                    known[module] = n
-        return known
+        n = self.stated_in_features(module)
+        if n is None:
+            raise UserError(
+                f"No adapter states the number of inputs of {module}, because an old version wrote them: give the base "
+                "model as model."
+            )
+        return n
 
     def at(self, module: str) -> ModuleLayout:
         """The layout in one module; reads what identifies the projections, not B."""
-        factors = {t: self.adapters[t].small(module) for t in self.holders(module)}
-        slots, ranks, places, target = [], [], [], 0
-        for slot in self.slots:
-            present = [source for source in slot.sources if source[0] in factors]
+        factors = {t: self.adapters[t].small(module) for t in self.inputs_of(module)}
+        blocks, ranks, columns, target = [], [], [], 0
+        for block in self.blocks:
+            present = [source for source in block.sources if source[0] in factors]
             if not present and self.kind != "flylora":
                 continue
             rank = 1
             for t, j in present:
-                bounds = _block_bounds(factors[t])
-                rank = bounds[j + 1] - bounds[j]
-                places.append(Place(t, bounds[j], bounds[j + 1], target))
-            slots.append(slot)
+                start, stop = factors[t].block_starts[j : j + 2]
+                rank = stop - start
+                columns.append(ColumnRange(t, start, stop, target))
+            blocks.append(block)
             ranks.append(rank)
             target += rank
-        out_features = self.adapters[next(iter(factors))].out_features(module)
-        return ModuleLayout(module, out_features, target, tuple(slots), tuple(ranks), tuple(places), factors)
+        out_features = next(iter(factors.values())).out_features
+        return ModuleLayout(module, out_features, target, tuple(blocks), tuple(ranks), tuple(columns), factors)
 
     def config_blocks(self) -> list[BlockConfig]:
-        """The slots as a merged FlyLoRA config holds them: a slot has one idle rank where its inputs are absent."""
+        """The blocks as a merged FlyLoRA config has them: one idle rank where a block's inputs are absent."""
         blocks = []
-        for slot in self.slots:
-            assert slot.block is not None
-            holders = {module for t, _ in slot.sources for module in self.adapters[t].modules}
-            absent = {module: 1 for module in self.modules if module not in holders}
-            blocks.append(replace(slot.block, rank_pattern={**absent, **slot.block.rank_pattern}))
+        for block in self.blocks:
+            assert block.config is not None
+            present = {module for t, _ in block.sources for module in self.adapters[t].modules}
+            absent = {module: 1 for module in self.modules if module not in present}
+            blocks.append(replace(block.config, rank_pattern={**absent, **block.config.rank_pattern}))
         return blocks
 
+    def merged(self, local: ModuleLayout) -> ModuleFactors:
+        """The merged adapter's factors in one module, without B: what gives its codes, and what its file says of A.
 
-@dataclass
-class Codes:
-    """What turns a module's input into the merged adapter's routed codes.
+        The routing bias of a block that several inputs share is the mean of theirs, rounded to whole steps: it depends
+        on neither the order of the inputs nor their weights.
+        """
+        up = torch.empty(local.out_features, local.rank, device="meta")
+        if self.kind != "flylora":
+            down = torch.cat([self.adapters[t].factors(local.name).down() for t in local.factors])
+            steps = torch.zeros(local.rank, dtype=torch.int32)
+            return ModuleFactors(local.name, up, 1.0, (), Identity((), ()), steps, down, down.shape[1])
+        blocks, seeds, fingerprints, steps_of, stored = [], [], [], [], False
+        for block, rank in zip(local.blocks, local.ranks, strict=True):
+            assert block.config is not None
+            config = replace(block.config, r=rank)
+            present = [(local.factors[t], j) for t, j in block.sources if t in local.factors]
+            if present:
+                factors, j = present[0]
+                seed, fingerprint = factors.identity.seeds[j], factors.identity.fingerprints[j]
+                # One density stands for all modules of a merged block, so an A made with another one has to be kept.
+                stored |= isinstance(factors.stored, NonZeros) or factors.blocks[j].density != config.density
+                steps_of.append(_mean_steps(present, config.balance_rate))
+            else:
+                drawn = self._absent(local.name, config)
+                seed, fingerprint = drawn.seed, drawn.fingerprint
+                steps_of.append(torch.zeros(rank, dtype=torch.int32))
+            blocks.append(config)
+            seeds.append(seed)
+            fingerprints.append(fingerprint)
+        kept = sparsify(stack_blocks(self._projections(local))) if stored else None
+        n = self.stated_in_features(local.name)
+        identity = Identity(tuple(seeds), tuple(fingerprints))
+        return ModuleFactors(local.name, up, 1.0, tuple(blocks), identity, torch.cat(steps_of), kept, n)
 
-    Attributes:
-        down: A over all slots, (R, n) float32. routing_bias: d, (R,) float32. routing: how R is divided and routed.
-    """
+    def _absent(self, module: str, block: BlockConfig) -> Projection:
+        """A of a block in a module that its inputs leave alone."""
+        seed = derive_seed(block.projection_seed, module)
+        return draw_blocks([seed], [block], self.in_features(module))[0]
 
-    down: Tensor
-    routing_bias: Tensor
-    routing: tuple[Block, ...]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """z (N, R) of the tokens x (N, n)."""
-        y = functional.project(x, self.down)
-        if all(block.is_linear for block in self.routing):
-            return y
-        return functional.routed_codes(y, functional.select(y, self.routing_bias, self.routing))
-
-    def to(self, device: torch.device) -> None:
-        """Move to where the inputs are."""
-        if self.down.device != device:
-            self.down, self.routing_bias = self.down.to(device), self.routing_bias.to(device)
-
-
-@dataclass(frozen=True)
-class MergedIdentity:
-    """What identifies the merged A in one module, as the adapter file holds it.
-
-    Attributes:
-        blocks: as they are in this module. seeds, fingerprints: of each.
-        steps: the routing bias in steps, (R,) int32.
-        stored: A's non-zeros where the seeds do not give it back.
-    """
-
-    blocks: tuple[BlockConfig, ...]
-    seeds: tuple[int, ...]
-    fingerprints: tuple[bytes, ...]
-    steps: Tensor
-    stored: SparseProjection | None
+    def _projections(self, local: ModuleLayout) -> list[Projection]:
+        """Each block's A as its first input has it, checked against the fingerprint."""
+        n, parts = self.in_features(local.name), []
+        for block, rank in zip(local.blocks, local.ranks, strict=True):
+            assert block.config is not None
+            t, j = next(((t, j) for t, j in block.sources if t in local.factors), (None, 0))
+            if t is None:
+                parts.append(self._absent(local.name, replace(block.config, r=rank)))
+            else:
+                parts.append(replace(local.factors[t], in_features=n).projections()[j])
+        return parts
 
 
 def plan(adapters: Sequence[SavedAdapter], share: bool = True) -> Layout:
@@ -204,131 +202,55 @@ def plan(adapters: Sequence[SavedAdapter], share: bool = True) -> Layout:
         adapters: the inputs, all of one kind, see [`check_compatible`].
         share: make one block of equal ones.
     """
-    kind = adapters[0].kind
-    modules = list(dict.fromkeys(module for adapter in adapters for module in adapter.modules))
-    if kind != "flylora":
-        slots = [Slot(None, ((t, 0),)) for t in range(len(adapters))]
-        return Layout(tuple(adapters), kind, tuple(slots), tuple(modules))
-    groups: list[tuple[BlockConfig, list[Source]]] = []
+    modules = tuple(dict.fromkeys(module for adapter in adapters for module in adapter.modules))
+    if adapters[0].kind.name != "flylora":
+        return Layout(tuple(adapters), tuple(MergedBlock(None, ((t, 0),)) for t in range(len(adapters))), modules)
+    groups: list[tuple[list[BlockConfig], list[Source]]] = []
     for t, adapter in enumerate(adapters):
         assert isinstance(adapter.config, FlyLoraConfig)
         for j, block in enumerate(adapter.config.block_configs()):
-            group = next((g for g in groups if share and _same_projection(adapters, g, block, (t, j))), None)
-            if group is None:
-                groups.append((block, [(t, j)]))
-            else:
-                group[1].append((t, j))
-    slots = []
-    for block, sources in groups:
-        rates = [_block_config(adapters, source).balance_rate for source in sources]
-        rate = min((rate for rate in rates if rate > 0), default=block.balance_rate)
-        slots.append(Slot(replace(block, balance_rate=rate), tuple(sources)))
-    return Layout(tuple(adapters), kind, tuple(slots), tuple(modules))
-
-
-def _block_config(adapters: Sequence[SavedAdapter], source: Source) -> BlockConfig:
-    config = adapters[source[0]].config
-    assert isinstance(config, FlyLoraConfig)
-    return config.block_configs()[source[1]]
+            same = (g for g in groups if share and _same_projection(adapters, g, block, (t, j)))
+            configs, sources = next(same, ([], []))
+            if not configs:
+                groups.append((configs, sources))
+            configs.append(block)
+            sources.append((t, j))
+    blocks = []
+    for configs, sources in groups:
+        rates = [config.balance_rate for config in configs if config.balance_rate > 0]
+        blocks.append(MergedBlock(replace(configs[0], balance_rate=min(rates, default=0.0)), tuple(sources)))
+    return Layout(tuple(adapters), tuple(blocks), modules)
 
 
 def _same_projection(
-    adapters: Sequence[SavedAdapter], group: tuple[BlockConfig, list[Source]], block: BlockConfig, source: Source
+    adapters: Sequence[SavedAdapter], group: tuple[list[BlockConfig], list[Source]], block: BlockConfig, source: Source
 ) -> bool:
     """Equal routing in the configs, and equal projections in the files of every module that both adapt."""
-    first, members = group
-    if replace(first, balance_rate=0.0) != replace(block, balance_rate=0.0):
+    configs, members = group
+    if replace(configs[0], balance_rate=0.0) != replace(block, balance_rate=0.0):
         return False
     t, j = source
     for other, i in members:
         if other == t:
             return False  # two blocks of one adapter are two terms of its sum
-        for module in set(adapters[other].modules) & set(adapters[t].modules):
+        for module in adapters[other].shapes.keys() & adapters[t].shapes.keys():
             a, b = adapters[other].small(module), adapters[t].small(module)
-            if (a.seeds[i], a.fingerprints[i], a.blocks[i].r) != (b.seeds[j], b.fingerprints[j], b.blocks[j].r):
+            if _identified(a, i) != _identified(b, j):
                 return False
     return True
 
 
-def _block_bounds(factors: ModuleFactors) -> list[int]:
-    ranks = [block.r for block in factors.blocks] or [factors.rank]
-    bounds = [0]
-    for rank in ranks:
-        bounds.append(bounds[-1] + rank)
-    return bounds
-
-
-def merged_identity(layout: Layout, local: ModuleLayout, hint: int | None = None) -> MergedIdentity:
-    """Seeds, fingerprints and routing bias of a merged FlyLoRA adapter in one module.
-
-    The routing bias of a slot that several inputs share is the mean of theirs, rounded to whole steps: it depends on
-    neither the order of the inputs nor their weights.
-    """
-    blocks, seeds, fingerprints, steps, stored = [], [], [], [], False
-    for slot, rank in zip(local.slots, local.ranks, strict=True):
-        assert slot.block is not None
-        block = replace(slot.block, r=rank)
-        present = [(local.factors[t], j) for t, j in slot.sources if t in local.factors]
-        if present:
-            factors, j = present[0]
-            seeds.append(factors.seeds[j])
-            fingerprints.append(factors.fingerprints[j])
-            # One density stands for all modules of a merged block, so an A made with another one has to be kept.
-            stored |= isinstance(factors.stored, SparseProjection) or factors.blocks[j].density != block.density
-            steps.append(_mean_steps(present, block.balance_rate))
-        else:
-            n = layout.in_features(local.name, hint)
-            seeds.append(projection.derive_seed(block.projection_seed, local.name))
-            fingerprints.append(projection.fingerprint(generate_block(seeds[-1], block, n), n))
-            steps.append(torch.zeros(rank, dtype=torch.int32))
-        blocks.append(block)
-    kept = None
-    if stored:
-        kept = projection.sparsify(merged_down(layout, local, hint))
-    return MergedIdentity(tuple(blocks), tuple(seeds), tuple(fingerprints), torch.cat(steps), kept)
+def _identified(factors: ModuleFactors, block: int) -> tuple[int, bytes, int]:
+    return factors.identity.seeds[block], factors.identity.fingerprints[block], factors.blocks[block].r
 
 
 def _mean_steps(present: Sequence[tuple[ModuleFactors, int]], rate: float) -> Tensor:
     parts = []
     for factors, j in present:
-        bounds = _block_bounds(factors)
+        start, stop = factors.block_starts[j : j + 2]
         ratio = factors.blocks[j].balance_rate / rate if rate else 1.0
-        parts.append(factors.steps[bounds[j] : bounds[j + 1]].double() * ratio)
+        parts.append(factors.steps[start:stop].double() * ratio)
     return torch.stack(parts).mean(dim=0).round().to(torch.int32)
-
-
-def merged_down(layout: Layout, local: ModuleLayout, hint: int | None = None) -> Tensor:
-    """A over all slots of one module, (R, n) float32, each block checked against its fingerprint."""
-    n = layout.in_features(local.name, hint)
-    parts = []
-    for slot, rank in zip(local.slots, local.ranks, strict=True):
-        present = [(local.factors[t], t, j) for t, j in slot.sources if t in local.factors]
-        if not present:
-            assert slot.block is not None
-            seed = projection.derive_seed(slot.block.projection_seed, local.name)
-            parts.append(projection.densify(generate_block(seed, replace(slot.block, r=rank), n), n))
-            continue
-        factors, t, j = present[0]
-        if layout.kind != "flylora":
-            parts.append(layout.adapters[t].factors(local.name).down())
-        else:
-            parts.append(projection.densify(factors.block_projections(n)[j], n))
-    return torch.cat(parts)
-
-
-def codes(layout: Layout, module: str, hint: int | None = None) -> Codes:
-    """The function from a module's input to the merged adapter's routed codes."""
-    local = layout.at(module)
-    down = merged_down(layout, local, hint)
-    if layout.kind == "lora":
-        return Codes(down, torch.zeros(local.rank), (Block(local.rank, local.rank, "all"),))
-    identity = merged_identity(layout, local, hint)
-    routing = tuple(
-        Block(block.r, block.k, block.selection, seed % (1 << 32))
-        for block, seed in zip(identity.blocks, identity.seeds, strict=True)
-    )
-    rates = torch.cat([torch.full((block.r,), block.balance_rate) for block in identity.blocks])
-    return Codes(down, identity.steps.float() * rates, routing)
 
 
 def check_compatible(adapters: Sequence[SavedAdapter], base_model: str | None = None) -> None:
@@ -345,7 +267,7 @@ def check_compatible(adapters: Sequence[SavedAdapter], base_model: str | None = 
     for other in adapters[1:]:
         if other.kind != first.kind:
             raise UserError(
-                f"{first.path} is a {KIND_NAMES[first.kind]} and {other.path} a {KIND_NAMES[other.kind]} adapter: "
+                f"{first.path} is a {first.kind.title} and {other.path} a {other.kind.title} adapter: "
                 "they do not route alike, so merge each kind on its own, or export the FlyLoRA adapters first."
             )
         if base_model is None and first.base_model != other.base_model and first.base_model and other.base_model:
@@ -360,43 +282,18 @@ def check_compatible(adapters: Sequence[SavedAdapter], base_model: str | None = 
             )
         for module in first.modules:
             if module in other.shapes:
-                _check_shapes(first, other, module)
-        _check_experts(first, other)
+                _check_sizes(first, other, module)
 
 
-def _check_shapes(first: SavedAdapter, other: SavedAdapter, module: str) -> None:
-    a: list[int | None] = [first.out_features(module)]
-    b: list[int | None] = [other.out_features(module)]
-    if first.kind != "flylora":
-        a.append(first.in_features(module))
-        b.append(other.in_features(module))
-    if a != b:
+def _check_sizes(first: SavedAdapter, other: SavedAdapter, module: str) -> None:
+    sizes = [(adapter.out_features(module), adapter.in_features(module)) for adapter in (first, other)]
+    (m, n), (other_m, other_n) = sizes
+    if m != other_m or (None not in (n, other_n) and n != other_n):
+        a, b = (f"{outputs} outputs" + ("" if inputs is None else f" and {inputs} inputs") for outputs, inputs in sizes)
         raise UserError(
-            f"{module} has {_sizes(a)} in {first.path} and {_sizes(b)} in {other.path}: the adapters belong to "
-            "different base models and cannot be merged."
+            f"{module} has {a} in {first.path} and {b} in {other.path}: the adapters belong to different base models "
+            "and cannot be merged."
         )
-
-
-def _check_experts(first: SavedAdapter, other: SavedAdapter) -> None:
-    """One config says how all experts of a merged Split-LoRA adapter are routed, in all modules."""
-    a, b = first.config, other.config
-    if not isinstance(a, SplitLoraConfig) or not isinstance(b, SplitLoraConfig):
-        return
-    shapes = [(c.r // c.experts, c.group_size, c.active_in_group) for c in (a, b)]
-    if shapes[0] != shapes[1]:
-        raise UserError(
-            f"{first.path} and {other.path} have Split-LoRA experts of different rank, number or k: only alike ones "
-            "can be merged."
-        )
-    if set(first.modules) != set(other.modules):
-        raise UserError(
-            f"{first.path} and {other.path} adapt different modules, which Split-LoRA adapters cannot be merged from: "
-            "train them with the same target_modules."
-        )
-
-
-def _sizes(sizes: Sequence[int | None]) -> str:
-    return " and ".join(f"{size} {side}" for size, side in zip(sizes, ("outputs", "inputs"), strict=False))
 
 
 def _orientation(adapter: SavedAdapter) -> bool:

@@ -1,325 +1,393 @@
-"""``flylora merge``: load, check, merge, write, record, and measure what was kept."""
+"""The library's merge: adapters and texts in, an adapter folder out. It knows no tasks; see `flylora.lab.merging`."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from flylora.adapter_folder import Kind, SavedAdapter, read_adapter
+from torch import nn
+
+from flylora.activations import Tokens, features, modules_by_name
+from flylora.adapted import adapted
+from flylora.adapter_folder import read_adapter
 from flylora.errors import UserError
-from flylora.lab.evaluation.retention import (
-    ItemLosses,
-    TaskRetention,
-    as_json,
-    item_losses,
-    markdown,
-    mean_retention,
-    retention,
-    retention_table,
-)
-from flylora.merging.calibration import GramTable, Running, TaskStatistics, read_statistics, task_statistics
-from flylora.merging.config import MergeConfig
-from flylora.merging.engine import RIDGES, MergeReport, MergeSpec, Statistics, check_method, merge_to
-from flylora.merging.layout import Layout, check_compatible, plan
+from flylora.merging.calibration import GramTable, TaskStatistics, gather, read_statistics, write_statistics
+from flylora.merging.engine import RESULTS, MergeReport, merge_to, result_class
+from flylora.merging.layout import check_compatible, plan
+from flylora.merging.options import DType, MergeOptions, MethodName
 from flylora.merging.record import RECORD_NAME, MergeRecord
-from flylora.merging.table import Method, effective_weights, method
-from flylora.models import LoadedModel, load_base
-from flylora.records import new_folder, now, provenance, refuse_existing, saving, write_record, write_text
+from flylora.merging.table import METHODS, Method, effective_weights
+from flylora.models import LoadedModel, Model, load_base
+from flylora.records import new_folder, now, provenance, write_record
+from flylora.texts import Encoded, Text, encode_texts
 
-TABLE_NAME = "retention.md"
+Running = Path | Literal["none", "average"]
+"""What runs while texts are read: a saved adapter, no adapter, or the plain average of the inputs."""
 
-MERGED_KINDS: tuple[Kind, ...] = ("flylora", "lora", "splitlora")
-
-SEARCH_SCALES = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-SEARCH_DENSITIES = (0.1, 0.2, 0.5, 0.9)
+AdapterPath = str | Path
 
 
-@dataclass
-class _Job:
-    """One merge under way."""
+@dataclass(frozen=True)
+class CalibrationTexts:
+    """Texts of one task as token rows, and what a record says of them."""
 
-    config: MergeConfig
-    row: Method
-    adapters: list[SavedAdapter]
-    layout: Layout
-    loaded: LoadedModel | None
+    rows: list[Encoded]
+    origin: dict[str, Any]
+
+
+def merge(
+    adapters: Sequence[AdapterPath],
+    out: AdapterPath,
+    *,
+    method: MethodName = "average",
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    density: float | None = None,
+    ridge: float | None = None,
+    share: bool = True,
+    texts: Mapping[str, Sequence[Text]] | Sequence[Sequence[Text]] | None = None,
+    statistics: Sequence[AdapterPath] | None = None,
+    tokens: Tokens = "answer",
+    rounds: int = 1,
+    model: Model | None = None,
+    base_model: str | None = None,
+    batch_size: int = 8,
+    dtype: DType = "auto",
+    device: str = "auto",
+    seed: int = 0,
+    overwrite: bool = False,
+) -> MergeRecord:
+    """Merge saved adapters, FlyLoRA or plain PEFT LoRA, into one.
+
+        merge(["a", "b"], "ab")
+        merge(["a", "b"], "ab", method="least_squares", texts={"a": [("2 + 2 =", " 4")], "b": ["A plain text."]})
+
+    Args:
+        adapters: Folders of the adapters, all of one kind and one base model.
+        out: Folder for the merged adapter, which appears when all is done.
+        method, weights, rank, density, ridge, share, tokens, rounds, batch_size, dtype, device, seed, overwrite: See
+            [`MergeOptions`].
+        texts: For least_squares: for each adapter texts of its task, by the adapter's folder as given or in order. A
+            text is a string, a pair of prompt and completion, or token ids; for a string all tokens count.
+        statistics: In place of texts: for each adapter a file that [`calibrate`] wrote.
+        model: The base model: a name, a loaded model, or a transformers model with its tokenizer; by the adapters'
+            configs if left out. Only texts, and adapters that an old version wrote, need it.
+        base_model: The name of the inputs' base model, where their configs give it different names.
+
+    Returns:
+        The record of the merge, which is also in the folder.
+
+    Raises:
+        UserError: The adapters cannot be merged so, or something cannot be read or written; nothing is left behind.
+    """
+    options = MergeOptions(
+        method=method,
+        weights=None if weights is None else [float(weight) for weight in weights],
+        rank=rank,
+        density=density,
+        ridge=ridge,
+        share=share,
+        tokens=tokens,
+        rounds=rounds,
+        model=model if isinstance(model, str) else None,
+        base_model=base_model,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    check_options(options, len(adapters), texts is not None or statistics is not None)
+    if texts is not None and statistics is not None:
+        raise UserError("Both texts and statistics are given: give one of them.")
+    with new_folder(out, overwrite) as folder:
+        job = MergeJob(adapters, options, model)
+        sources: list[CalibrationTexts | Path] = []
+        if texts is not None:
+            sources = [job.texts(part) for part in _in_order("texts", texts, adapters)]
+        elif statistics is not None:
+            sources = [Path(file) for file in _in_order("statistics", statistics, adapters)]
+        table = job.statistics(sources)
+        report = job.write(folder, table)
+        config = {"adapters": [str(path) for path in adapters], "out": str(out), **dataclasses.asdict(options)}
+        record = job.record(folder, report, table, config)
+        write_record(record, folder / RECORD_NAME)
+    return record
+
+
+def calibrate(
+    adapters: Sequence[AdapterPath],
+    texts: Sequence[Text] | CalibrationTexts,
+    out: AdapterPath,
+    *,
+    run: AdapterPath | None = None,
+    tokens: Tokens = "answer",
+    share: bool = True,
+    model: Model | None = None,
+    base_model: str | None = None,
+    batch_size: int = 8,
+    dtype: DType = "auto",
+    device: str = "auto",
+    overwrite: bool = False,
+) -> TaskStatistics:
+    """Gather the statistics of one task's texts for a later merge and write them to a file.
+
+    Args:
+        adapters: Folders of all adapters that may be merged later.
+        texts: Of one task.
+        out: The .safetensors file for the statistics.
+        run: Adapter folder that is active while the texts are read, e.g. the one trained on the task, or an earlier
+            merge; the plain average of the adapters if left out, and no adapter for ``none``.
+        tokens, share, model, base_model, batch_size, dtype, device: As for [`merge`].
+        overwrite: Replace the file if it exists.
+
+    Raises:
+        UserError: Adapters, texts or model do not fit, or the file cannot be written.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise UserError(f"The file {out} exists already: choose another name, or allow it to be overwritten.")
+    if out.suffix != ".safetensors":
+        raise UserError(f"out is {out}, but the statistics are one file: give a name that ends in .safetensors.")
+    options = MergeOptions(
+        method="least_squares",
+        tokens=tokens,
+        share=share,
+        base_model=base_model,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+    )
+    job = MergeJob(adapters, options, model)
+    source = texts if isinstance(texts, CalibrationTexts) else job.texts(texts)
+    running: Running = "average" if run is None else "none" if run == "none" else Path(run)
+    statistics = job.gather([source], running)[0]
+    write_statistics(out, statistics)
+    return statistics
+
+
+def _in_order(name: str, given: Any, adapters: Sequence[AdapterPath]) -> list[Any]:
+    """One entry for each adapter, in order."""
+    if isinstance(given, Mapping):
+        by_path = {str(path): value for path, value in given.items()}
+        unknown = sorted(by_path.keys() ^ {str(path) for path in adapters})
+        if unknown:
+            raise UserError(
+                f"{name} and adapters do not name the same folders ({', '.join(unknown)} is in one of them alone): "
+                "give an entry for each adapter, by its folder as in adapters."
+            )
+        return [by_path[str(path)] for path in adapters]
+    if isinstance(given, str) or len(given) != len(adapters):
+        raise UserError(f"{name} must have one entry for each of the {len(adapters)} adapters, in order.")
+    return list(given)
+
+
+def check_options(options: MergeOptions, count: int, has_texts: bool) -> None:
+    """Options that fit neither each other nor the number of adapters; one that the method ignores is refused.
+
+    Raises:
+        UserError: The first of these.
+    """
+    row = METHODS[options.method]
+    if not count:
+        raise UserError("No adapter is given: name the folders of the adapters to merge.")
+    if options.weights is not None and len(options.weights) != count:
+        raise UserError(f"There are {len(options.weights)} weights for {count} adapters: give one for each.")
+    if options.density is not None and row.density is None:
+        raise UserError(f"density means nothing to {row.name}, which prunes nothing: leave it out.")
+    for name, given in (
+        ("calibrate", has_texts),
+        ("ridge", options.ridge is not None),
+        ("rounds", options.rounds > 1),
+    ):
+        if given and not row.calibrated:
+            raise UserError(f"{name} means nothing to {row.name}, which uses no text: leave it out.")
+    if row.calibrated and not has_texts and count > 1:
+        raise UserError(
+            f"{row.name} needs text of each task: give texts or calibration files, one for each adapter (on the "
+            "command line --calibrate)."
+        )
+    effective_weights(row, options.weights, count)
+
+
+class MergeJob:
+    """One merge under way: its inputs, and the base model once it is needed.
+
+    Args:
+        adapters: Folders. options: How to merge.
+        model: The base model in place of ``options.model``; see [`merge`].
+
+    Raises:
+        UserError: The adapters cannot be merged with these options.
+    """
+
+    def __init__(self, adapters: Sequence[AdapterPath], options: MergeOptions, model: Model | None = None) -> None:
+        self.started = time.monotonic()
+        self.origin = provenance(seeds={"seed": options.seed}, data_sha256={}, model_sha256="")
+        self.options = options
+        self.row: Method = METHODS[options.method]
+        self.loaded: LoadedModel | None = None
+        self._model = model or options.model
+        self.adapters = [read_adapter(path, tuple(RESULTS)) for path in adapters]
+        check_compatible(self.adapters, options.base_model)
+        self._state_in_features()
+        self.layout = plan(self.adapters, options.share)
+        result_class(self.layout, self.row, options)
 
     def base(self) -> LoadedModel:
         """The base model, loaded when it is first needed."""
         if self.loaded is None:
-            name = self.config.model or self.config.base_model
-            self.loaded = load_base(self.adapters, name, self.config.dtype, self.config.device)
+            name = self._model or self.options.base_model
+            self.loaded = load_base(self.adapters, name, self.options.dtype, self.options.device)
         return self.loaded
 
+    def _state_in_features(self) -> None:
+        """Look n up in the base model for adapters of an old version, where the caller named the model."""
+        old = [a for a in self.adapters if any(a.in_features(module) is None for module in a.modules)]
+        if old and (self._model or self.options.base_model):
+            model = self.base().model
+            for t, adapter in enumerate(self.adapters):
+                modules = modules_by_name(model, adapter.modules)
+                self.adapters[t] = adapter.with_in_features({name: features(m)[0] for name, m in modules.items()})
 
-def merge_adapters(config: MergeConfig, loaded: LoadedModel | None = None) -> MergeRecord:
-    """Merge adapters into ``config.out``, which appears when all is done: adapter, record and, if asked for, a table.
+    def texts(self, texts: Sequence[Text]) -> CalibrationTexts:
+        """Texts of one task as token rows."""
+        rows = encode_texts(texts, self.base().tokenizer)
+        return CalibrationTexts(rows, {"task": "texts"})
 
-    Args:
-        config: settings.
-        loaded: the base model, to save loading it; needed only for calibration and evaluation.
+    def statistics(self, sources: Sequence[CalibrationTexts | Path]) -> GramTable | None:
+        """Read or gather what least squares needs, in as many rounds as asked for.
 
-    Returns:
-        The record, which is also in the folder.
+        Args:
+            sources: For each adapter texts of its task, or a file of statistics; none where the method needs none.
+        """
+        if not sources:
+            return None
+        files = {t: source for t, source in enumerate(sources) if isinstance(source, Path)}
+        if self.options.rounds > 1 and files:
+            raise UserError("rounds runs the merged adapter on the tasks' texts: give texts or tasks, not files.")
+        texts = [source for source in sources if isinstance(source, CalibrationTexts)]
+        names = [str(files.get(t, "")) for t in range(len(sources))]
+        running: Running = "average"
+        with tempfile.TemporaryDirectory() as scratch:
+            for number in range(self.options.rounds):
+                gathered = iter(self.gather(texts, running) if texts else [])
+                tasks = [read_statistics(files[t]) if t in files else next(gathered) for t in range(len(sources))]
+                table = GramTable(self.layout, tasks, names)
+                if number + 1 < self.options.rounds:
+                    running = Path(scratch, f"round_{number}")
+                    running.mkdir()
+                    self.write(running, table)
+        return table
 
-    Raises:
-        UserError: the adapters cannot be merged so, or something cannot be read or written; nothing is left behind.
-    """
-    started = time.monotonic()
-    row = method(config.method)
-    _check_options(config, row)
-    out = Path(config.out)
-    refuse_existing(out, config.overwrite)
-    adapters = [read_adapter(path, MERGED_KINDS) for path in config.adapters]
-    check_compatible(adapters, config.base_model)
-    check_method(row, adapters[0].kind, config.rank)
-    job = _Job(config, row, adapters, plan(adapters, config.share), loaded)
-    origin = provenance(seeds={"seed": config.seed}, data_sha256={}, model_sha256=loaded.sha256 if loaded else "")
-    spec = MergeSpec(
-        config.method,
-        None if config.weights is None else tuple(config.weights),
-        config.rank,
-        config.density,
-        config.ridge,
-        config.share,
-        config.seed,
-    )
-    with _scratch_beside(out) as scratch, ThreadPoolExecutor(max_workers=2) as pool:
-        # Hashing takes longer than an average does, and leaves Python's lock to others.
-        hashing = [pool.submit(lambda adapter: adapter.fingerprint, adapter) for adapter in adapters]
-        statistics, sources = _statistics(job, spec, scratch)
-        tried: list[dict[str, Any]] = []
-        if config.search:
-            spec, tried = _search(job, spec, statistics, scratch)
-        merged = scratch / "merged"
-        report = merge_to(merged, adapters, spec, statistics, base_model=config.base_model)
-        rows = _evaluation(job, merged)
-        for future in hashing:
-            future.result()
-        record = MergeRecord(
+    def gather(self, texts: Sequence[CalibrationTexts], running: Running) -> list[TaskStatistics]:
+        """The statistics of each task's texts while an adapter runs."""
+        tasks, loaded, options = [], self.base(), self.options
+        with self._running(running) as model:
+            for task in texts:
+                statistics = gather(model, self.layout, task.rows, options.tokens, options.batch_size)
+                origin = provenance(
+                    seeds={}, data_sha256=task.origin.get("data_sha256", {}), model_sha256=loaded.sha256
+                )
+                statistics.origin = {
+                    **{key: value for key, value in task.origin.items() if key != "data_sha256"},
+                    "texts": len(task.rows),
+                    "tokens": options.tokens,
+                    "token_count": float(statistics.tokens.sum()),
+                    "run": str(running),
+                    "adapters": [adapter.fingerprint for adapter in self.adapters],
+                    "provenance": dataclasses.asdict(origin),
+                }
+                tasks.append(statistics)
+        return tasks
+
+    @contextmanager
+    def _running(self, running: Running) -> Iterator[nn.Module]:
+        """The base model with an adapter on it while texts are read."""
+        loaded = self.base()
+        if running == "none":
+            yield loaded.model
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) if running == "average" else Path(running)
+            if running == "average":
+                average = MergeOptions(base_model=self.options.base_model)
+                merge_to(folder, self.layout, METHODS["average"], average, quiet=True)
+            with adapted(loaded, folder) as (model, _):
+                yield model
+
+    def write(
+        self,
+        folder: Path,
+        statistics: GramTable | None = None,
+        options: MergeOptions | None = None,
+        quiet: bool = False,
+    ) -> MergeReport:
+        """Write the merged adapter's config and tensors into an existing folder.
+
+        Args:
+            folder: Where to. statistics: For least squares.
+            options: In place of the job's own. quiet: Show no progress.
+        """
+        return merge_to(folder, self.layout, self.row, options or self.options, statistics, quiet)
+
+    def record(
+        self, folder: Path, report: MergeReport, statistics: GramTable | None, config: dict[str, Any], **more: Any
+    ) -> MergeRecord:
+        """What this merge did.
+
+        Args:
+            folder: With the merged adapter. report: Of its merge. statistics: That it used.
+            config: The options as a record keeps them. more: Further fields of the record.
+        """
+        # Blocks that several inputs share have one routing bias in place of theirs, and a rank limit cuts.
+        exact = not report.rank_error and all(len(block.sources) == 1 for block in self.layout.blocks)
+        sha256 = self.loaded.sha256 if self.loaded else ""
+        return MergeRecord(
             status="complete",
-            provenance=dataclasses.replace(
-                origin, finished=now(), model_sha256=job.loaded.sha256 if job.loaded else origin.model_sha256
-            ),
-            config=dataclasses.asdict(config),
-            method=row.name,
-            exact=row.exact and _exact(job, report),
-            inputs=_inputs(adapters, report.weights),
+            provenance=dataclasses.replace(self.origin, finished=now(), model_sha256=sha256),
+            config=config,
+            method=self.row.name,
+            exact=self.row.exact and exact,
+            inputs=[
+                {
+                    "path": str(adapter.path),
+                    "fingerprint": adapter.fingerprint,
+                    "kind": adapter.kind.name,
+                    "weight": weight,
+                    "base_model": adapter.base_model,
+                    "modules": len(adapter.modules),
+                }
+                for adapter, weight in zip(self.adapters, report.weights, strict=True)
+            ],
             weight_sum=sum(report.weights),
             routed=report.routed,
             shared=report.shared,
-            adapter_fingerprint=read_adapter(merged, MERGED_KINDS).fingerprint,
-            parameters=_parameters(row, spec, report),
+            adapter_fingerprint=read_adapter(folder, tuple(RESULTS)).fingerprint,
             measured=_measured(report),
-            calibration=sources,
-            search=tried,
-            evaluation=as_json(rows),
-            mean_retention=mean_retention(rows) if rows else None,
-            seconds=round(time.monotonic() - started, 2),
+            calibration=[task.origin for task in statistics.tasks] if statistics else [],
+            seconds=round(time.monotonic() - self.started, 2),
+            **{"parameters": self.parameters(self.options, report), **more},
         )
-        write_record(record, merged / RECORD_NAME)
-        if rows:
-            write_text(merged / TABLE_NAME, markdown(rows))
-        with new_folder(out, config.overwrite) as folder:
-            for file in merged.iterdir():
-                file.rename(folder / file.name)
-    return record
 
-
-@contextmanager
-def _scratch_beside(out: Path) -> Iterator[Path]:
-    """A scratch folder on the same disk as the result, so that moving into place copies nothing; removed at the end."""
-    with saving(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".work", dir=out.parent))
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _check_options(config: MergeConfig, row: Method) -> None:
-    """Options that the method does not read are refused rather than ignored."""
-    if config.density is not None and row.density is None:
-        raise UserError(f"density means nothing to {row.name}, which prunes nothing: leave it out.")
-    for name, given in (("calibrate", bool(config.calibrate)), ("ridge", config.ridge is not None)):
-        if given and not row.calibrated:
-            raise UserError(f"{name} means nothing to {row.name}, which uses no text: leave it out.")
-    if config.rounds > 1 and not row.calibrated:
-        raise UserError(f"rounds means nothing to {row.name}, which uses no text: leave it out.")
-    if row.calibrated and not config.calibrate and len(config.adapters) > 1:
-        raise UserError(
-            f"{row.name} needs text of each task: name one task or calibration file for each adapter with calibrate."
-        )
-    if config.search and row.name == "average":
-        raise UserError("average has nothing to search: use sum, whose weights may add up to anything.")
-
-
-def _exact(job: _Job, report: MergeReport) -> bool:
-    """Blocks that several inputs share have one routing bias in place of theirs, and a rank limit cuts."""
-    return not report.rank_error and all(len(slot.sources) == 1 for slot in job.layout.slots)
-
-
-# --- statistics ------------------------------------------------------------------------------------------------------
-
-
-def _statistics(job: _Job, spec: MergeSpec, scratch: Path) -> tuple[Statistics | None, list[dict[str, Any]]]:
-    """Read or gather what least squares needs, in as many rounds as asked for."""
-    config = job.config
-    if not job.row.calibrated or not config.calibrate:
-        return None, []
-    files = [name.endswith(".safetensors") for name in config.calibrate]
-    if config.rounds > 1 and any(files):
-        raise UserError("rounds runs the merged adapter on the tasks' texts: name tasks with calibrate, not files.")
-    run: Running = "average"
-    for number in range(config.rounds):
-        tasks = [
-            read_statistics(Path(name)) if is_file else _gather(job, name, run)
-            for name, is_file in zip(config.calibrate, files, strict=True)
-        ]
-        table = GramTable(job.layout, tasks, config.calibrate)
-        if number + 1 < config.rounds:
-            run = scratch / f"round_{number}"
-            merge_to(run, job.adapters, spec, table, base_model=config.base_model)
-    return table, [task.origin for task in tasks]
-
-
-def _gather(job: _Job, task: str, run: Running) -> TaskStatistics:
-    config = job.config
-    return task_statistics(
-        job.base(),
-        job.layout,
-        task,
-        data_dir=config.data_dir,
-        texts=config.texts,
-        tokens=config.tokens,
-        batch_size=config.batch_size,
-        run=run,
-    )
-
-
-# --- search and evaluation -------------------------------------------------------------------------------------------
-
-
-def candidates(row: Method, spec: MergeSpec, count: int) -> list[MergeSpec]:
-    """The grid of a search: a common factor on the weights, densities or ridges, whichever the method has."""
-    if row.calibrated:
-        return [replace(spec, ridge=ridge) for ridge in RIDGES]
-    densities: Sequence[float | None] = (
-        (None,) if row.density is None else (spec.density,) if spec.density is not None else SEARCH_DENSITIES
-    )
-    if row.normalises:
-        return [replace(spec, density=density) for density in densities]
-    weights = spec.weights or (1.0,) * count
-    scaled = [tuple(scale * weight for weight in weights) for scale in SEARCH_SCALES]
-    return [replace(spec, density=density, weights=given) for density in densities for given in scaled]
-
-
-def _search(
-    job: _Job, spec: MergeSpec, statistics: Statistics | None, scratch: Path
-) -> tuple[MergeSpec, list[dict[str, Any]]]:
-    """The candidate with the best mean retention on the validation split; every one tried is kept for the record."""
-    config = job.config
-    if config.eval_split == "validation":
-        raise UserError(
-            "search tunes on the validation split, so the result cannot be reported on it: evaluate on test."
-        )
-    references = [
-        (_validation_losses(job, None, task), _validation_losses(job, adapter.path, task))
-        for task, adapter in zip(config.evaluate, job.adapters, strict=True)
-    ]
-    tried, best = [], (float("-inf"), spec)
-    for number, candidate in enumerate(candidates(job.row, spec, len(job.adapters))):
-        folder = scratch / f"candidate_{number}"
-        merge_to(folder, job.adapters, candidate, statistics, base_model=config.base_model, quiet=True)
-        kept = []
-        for task, (base, single) in zip(config.evaluate, references, strict=True):
-            found = retention(base, single, _validation_losses(job, folder, task))
-            if found is None:
-                raise UserError(
-                    f"The adapter for {task} is no better than the base model on its validation split, so there is "
-                    "nothing to keep: check the order of adapters and tasks."
-                )
-            kept.append(found[0])
-        shutil.rmtree(folder)
-        mean = sum(kept) / len(kept)
-        tried.append(
-            {
-                "weights": effective_weights(job.row, candidate.weights, len(job.adapters)),
-                "density": candidate.density,
-                "ridge": candidate.ridge,
-                "retention": kept,
-                "mean": mean,
-            }
-        )
-        best = max(best, (mean, candidate), key=lambda pair: pair[0])
-    return best[1], tried
-
-
-def _validation_losses(job: _Job, adapter: Path | None, task: str) -> ItemLosses:
-    config = job.config
-    return item_losses(
-        job.base(),
-        adapter,
-        task,
-        "validation",
-        config.search_limit,
-        data_dir=config.data_dir,
-        batch_size=config.batch_size,
-    )
-
-
-def _evaluation(job: _Job, merged: Path) -> list[TaskRetention]:
-    config = job.config
-    if not config.evaluate:
-        return []
-    return retention_table(
-        job.base(),
-        [adapter.path for adapter in job.adapters],
-        merged,
-        config.evaluate,
-        config.eval_split,
-        config.eval_limit,
-        data_dir=config.data_dir,
-        batch_size=config.batch_size,
-    )
-
-
-# --- the record ------------------------------------------------------------------------------------------------------
-
-
-def _inputs(adapters: Sequence[SavedAdapter], weights: Sequence[float]) -> list[dict[str, Any]]:
-    return [
-        {
-            "path": str(adapter.path),
-            "fingerprint": adapter.fingerprint,
-            "kind": adapter.kind,
-            "weight": weight,
-            "base_model": adapter.base_model,
-            "modules": len(adapter.modules),
-        }
-        for adapter, weight in zip(adapters, weights, strict=True)
-    ]
-
-
-def _parameters(row: Method, spec: MergeSpec, report: MergeReport) -> dict[str, Any]:
-    parameters: dict[str, Any] = {"share": spec.share, "seed": spec.seed}
-    if row.density is not None:
-        parameters["density"] = row.density if spec.density is None else spec.density
-    if spec.rank is not None:
-        parameters["rank"] = spec.rank
-    if report.ridge:
-        parameters["ridge"] = {f"{ridge:g}": count for ridge, count in sorted(Counter(report.ridge.values()).items())}
-    return parameters
+    def parameters(self, options: MergeOptions, report: MergeReport) -> dict[str, Any]:
+        """The settings of the method as they were used, for the record."""
+        parameters: dict[str, Any] = {"share": options.share, "seed": options.seed}
+        if self.row.density is not None:
+            parameters["density"] = self.row.density if options.density is None else options.density
+        if options.rank is not None:
+            parameters["rank"] = options.rank
+        if report.ridge:
+            counts = Counter(report.ridge.values())
+            parameters["ridge"] = {f"{ridge:g}": count for ridge, count in sorted(counts.items())}
+        return parameters
 
 
 def _measured(report: MergeReport) -> dict[str, float]:

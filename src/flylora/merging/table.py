@@ -10,8 +10,8 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from flylora.errors import UserError
-from flylora.merging.config import MethodName
 from flylora.merging.methods import Update, sparsified_sum
+from flylora.merging.options import MethodName
 
 Result = Literal["codes", "matrix"]
 
@@ -48,18 +48,7 @@ class Method:
 
 
 def _sparsified(pruning: Literal["magnitude", "random"], elect_sign: bool) -> MatrixMerge:
-    return partial(_sparsified_sum, pruning=pruning, elect_sign=elect_sign)
-
-
-def _sparsified_sum(
-    updates: Sequence[Update],
-    weights: Sequence[float],
-    density: float,
-    *,
-    pruning: Literal["magnitude", "random"],
-    elect_sign: bool,
-) -> Tensor:
-    return sparsified_sum(updates, weights, density, pruning, elect_sign)
+    return partial(sparsified_sum, pruning=pruning, elect_sign=elect_sign)
 
 
 _ROWS = (
@@ -133,25 +122,6 @@ _ROWS = (
 
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
 
-FACTOR_AVERAGE = (
-    "Averaging the factors A and B separately is not a merge of the updates: mean(B) mean(A) = (1/T^2) sum over i, j "
-    "of B_i A_j, so that T - 1 of every T terms are cross terms of one task's B with another task's projection; use "
-    "average, which is the true mean of the outputs (adapters that share a projection merge exactly in B there)."
-)
-
-
-def method(name: str) -> Method:
-    """The row of a method by its name.
-
-    Raises:
-        UserError: there is none, or it is refused on purpose.
-    """
-    if name == "factor_average":
-        raise UserError(FACTOR_AVERAGE)
-    if name not in METHODS:
-        raise UserError(f"Unknown merge method '{name}': choose one of {', '.join(METHODS)}.")
-    return METHODS[name]
-
 
 def effective_weights(row: Method, given: Sequence[float] | None, count: int) -> list[float]:
     """w_t as they are applied: given ones or 1 each, divided by their sum where the method normalises.
@@ -168,4 +138,4 @@ def effective_weights(row: Method, given: Sequence[float] | None, count: int) ->
     return [weight / total for weight in weights]
 
 
-assert {*METHODS, "factor_average"} == set(get_args(MethodName))
+assert set(METHODS) == set(get_args(MethodName))

@@ -60,7 +60,7 @@ def changed(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("baseline", "nobody", "baseline names 'nobody'"),
         ("merges.average.method", "blend", "merges.average.method is 'blend'"),
         ("merges.average.methods", ["nobody"], "the merge average names 'nobody'"),
-        ("merges.average.options", {"density": 2.0}, "density is 2.0"),
+        ("merges.average.options", {"density": 2.0}, "density must be at most 1"),
         ("merges.average.options", {"out": "x"}, "itself decides 'out'"),
         ("tasks.vowels.eval", ["vowels.yaml", "other/vowels.yaml"], "Two evaluations of vowels"),
         ("lr_search", {"task": "nothing", "rates": [1.0], "steps": 1}, "lr_search names 'nothing'"),

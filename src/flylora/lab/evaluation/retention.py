@@ -14,8 +14,7 @@ from flylora.lab.data import encode
 from flylora.lab.evaluation.config import EvalConfig
 from flylora.lab.evaluation.likelihood import token_log_likelihoods
 from flylora.lab.evaluation.run import run
-from flylora.lab.tasks import load_task
-from flylora.merging.config import Split
+from flylora.lab.tasks import Split, load_task
 from flylora.models import LoadedModel
 
 

@@ -22,13 +22,12 @@ import torch
 
 from flylora.errors import UserError
 from flylora.lab.evaluation import EvalConfig, evaluate
+from flylora.lab.merging import MergeConfig, merge_adapters
 from flylora.lab.study.plan import Cell
 from flylora.lab.study.record import ADAPTER, CELL_RECORD, EVAL_RECORD, CellRecord, cell_folder, read_cell
 from flylora.lab.tasks import Task, load_task
 from flylora.lab.training import TrainConfig, train
 from flylora.lab.training.record import RECORD_NAME, TrainRecord
-from flylora.merging import merge_adapters
-from flylora.merging.config import MergeConfig
 from flylora.models import LoadedModel, first_line, load_model, resolve_model
 from flylora.records import (
     Record,

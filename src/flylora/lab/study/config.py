@@ -10,8 +10,9 @@ from typing import Any, Literal, TypeVar
 
 from flylora.errors import UserError
 from flylora.lab.evaluation.config import EvalConfig
+from flylora.lab.merging import MergeConfig
 from flylora.lab.training.config import TrainConfig
-from flylora.merging.config import MergeConfig, MethodName
+from flylora.merging.options import MethodName
 from flylora.merging.table import METHODS
 from flylora.options import Count, from_mapping, nearest, options
 

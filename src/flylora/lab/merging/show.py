@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from flylora.adapter_folder import KIND_NAMES
+from flylora.adapter_folder import KINDS
+from flylora.lab.merging.config import CalibrateConfig
 from flylora.merging.calibration import TaskStatistics
-from flylora.merging.config import CalibrateConfig
 from flylora.merging.record import MergeRecord
 
 
@@ -18,7 +18,7 @@ def show_merge(record: MergeRecord) -> None:
         "method": record.method + (" (exact)" if record.exact else ""),
         "inputs": ", ".join(f"{entry['weight']:.3g} x {entry['path']}" for entry in record.inputs),
         "sum of weights": f"{record.weight_sum:.3g}",
-        "kind": f"{KIND_NAMES[record.inputs[0]['kind']]}, every input's routing kept"
+        "kind": f"{KINDS[record.inputs[0]['kind']].title}, every input's routing kept"
         if record.routed
         else "plain LoRA",
         **{name.replace("_", " "): f"{value:.3g}" for name, value in record.measured.items()},

@@ -1,0 +1,137 @@
+"""Options of ``flylora merge`` and ``flylora calibrate``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flylora.activations import Tokens
+from flylora.errors import UserError
+from flylora.lab.tasks import Split
+from flylora.merging.options import DType, MergeOptions
+from flylora.options import Count, options
+
+DEFAULT_TEXTS = 128
+
+
+@options
+@dataclass(frozen=True)
+class TaskTexts:
+    """Tasks to calibrate least_squares on.
+
+    Args:
+        calibrate: For least_squares: for each adapter, in order, a task (name or YAML file) or a .safetensors file
+            that flylora calibrate wrote.
+        texts: Calibration texts of each task, where a task is given.
+        data_dir: Folder that YAML tasks' data files are relative to; each file's own folder if left out.
+    """
+
+    calibrate: list[str] = field(default_factory=list)
+    texts: Count = DEFAULT_TEXTS
+    data_dir: str | None = None
+
+
+@options
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Tasks to measure a merge on.
+
+    Args:
+        evaluate: Tasks to measure the result on, one for each adapter in order; writes a table of what was kept.
+        eval_limit: Measure on this many items of each task, drawn at random; all if left out.
+        eval_split: Which part of the tasks' data to measure on.
+    """
+
+    evaluate: list[str] = field(default_factory=list)
+    eval_limit: Count | None = None
+    eval_split: Split = "test"
+
+
+@options
+@dataclass(frozen=True)
+class SearchOptions:
+    """Tuning a merge.
+
+    Args:
+        search: Tune a shared weight (sum), the density or the ridge on the validation split of the tasks in evaluate.
+        search_limit: Search with this many validation items of each task.
+    """
+
+    search: bool = False
+    search_limit: Count = 64
+
+
+@options
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(MergeOptions, TaskTexts, EvaluateOptions, SearchOptions):
+    """Options of one merge: how to merge, and the tasks to calibrate on, to measure on and to tune on.
+
+    Args:
+        adapters: Folders of the adapters to merge, FlyLoRA or plain PEFT LoRA, all of one kind.
+        out: Folder for the merged adapter.
+    """
+
+    adapters: list[str]
+    out: str
+
+    def __post_init__(self) -> None:
+        """Raises ``UserError`` for options that do not fit each other."""
+        if not self.adapters:
+            raise UserError("No adapter is given: name the folders of the adapters to merge.")
+        for name in ("calibrate", "evaluate"):
+            given = getattr(self, name)
+            if given and len(given) != len(self.adapters):
+                raise UserError(
+                    f"{name} names {len(given)} tasks for {len(self.adapters)} adapters: give one for each, in order."
+                )
+        if self.search and not self.evaluate:
+            raise UserError("search needs tasks to measure on: name one for each adapter with evaluate.")
+        if self.search and self.method == "average":
+            raise UserError("average has nothing to search: use sum, whose weights may add up to anything.")
+        if self.search and self.eval_split == "validation":
+            raise UserError(
+                "search tunes on the validation split, so the result cannot be reported on it: evaluate on test."
+            )
+
+
+@options
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Settings of one calibration: statistics of one task's tokens under all adapters of a later merge.
+
+    Args:
+        adapters: Folders of all adapters that may be merged later.
+        task: The task whose texts to use: a built-in name or a YAML file.
+        out: The .safetensors file for the statistics.
+        run: Adapter folder that is active while the texts are read, e.g. the one trained on the task, or an earlier
+            merge; the plain average of the adapters if left out, and none for ``none``.
+        texts: How many texts of the task's training split, drawn at random.
+        tokens: Which tokens of a text count: answer (those that predict it), prompt or all.
+        model: Base model; the adapters' own if left out.
+        share: As for the merge.
+        base_model: The name of the inputs' base model, where their configs give it different names.
+        data_dir: Folder that a YAML task's data files are relative to; the YAML file's own folder if left out.
+        batch_size: Texts per forward pass.
+        dtype: Of the base model; auto is bfloat16 where the device computes in it, else float32.
+        device: auto is the first GPU if there is one, else the CPU.
+        overwrite: Replace the file out if it exists.
+    """
+
+    adapters: list[str]
+    task: str
+    out: str
+    run: str | None = None
+    texts: Count = DEFAULT_TEXTS
+    tokens: Tokens = "answer"
+    model: str | None = None
+    share: bool = True
+    base_model: str | None = None
+    data_dir: str | None = None
+    batch_size: Count = 8
+    dtype: DType = "auto"
+    device: str = "auto"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ``UserError`` without an adapter."""
+        if not self.adapters:
+            raise UserError("No adapter is given: name the folders of the adapters to calibrate for.")

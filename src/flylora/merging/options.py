@@ -1,0 +1,71 @@
+"""How to merge: the options of `flylora.merging.merge`, checked when they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeFloat
+
+from flylora.activations import Tokens
+from flylora.errors import UserError
+from flylora.options import Count, options
+
+MethodName = Literal["average", "sum", "least_squares", "ties", "dare", "dare_ties", "magnitude_prune", "knots"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+FACTOR_AVERAGE = (
+    "Averaging the factors A and B separately is not a merge of the updates: mean(B) mean(A) = (1/T^2) sum over i, j "
+    "of B_i A_j, so that T - 1 of every T terms are cross terms of one task's B with another task's projection; use "
+    "average, which is the true mean of the outputs (adapters that share a projection merge exactly in B there)."
+)
+
+
+def _refuse_factor_average(method: object) -> object:
+    if method == "factor_average":
+        raise UserError(FACTOR_AVERAGE)
+    return method
+
+
+@options
+@dataclass(frozen=True)
+class MergeOptions:
+    """How to merge.
+
+    Args:
+        method: How to merge: average, sum, least_squares (routed and exact, or calibrated), ties, dare, dare_ties,
+            magnitude_prune or knots (on the updates as matrices).
+        weights: One weight for each adapter; 1 each if left out. They are divided by their sum, except for sum, ties,
+            dare_ties and knots, which add.
+        rank: Limit the rank of a result that does not route (a LoRA); the sum of the inputs' ranks if left out.
+        density: Share of each update's entries that the sparsifying methods keep; the method's default if left out.
+        ridge: For least_squares: how strongly the weighted average pulls, relative to the codes' mean energy; chosen
+            for each module by held-out error if left out.
+        share: Whether adapters that share a projection become one block, with the mean of their routing biases.
+        tokens: Which tokens of a calibration text count: answer (those that predict it), prompt or all.
+        rounds: For least_squares with texts: passes over the texts; each after the first runs the adapter merged so
+            far, so that its own activations are what counts.
+        model: Base model, where it is needed; the adapters' own if left out.
+        base_model: The name of the inputs' base model, where their configs give it different names.
+        batch_size: Texts per forward pass.
+        dtype: Of the base model; auto is bfloat16 where the device computes in it, else float32.
+        device: auto is the first GPU if there is one, else the CPU.
+        seed: Of random pruning.
+        overwrite: Replace an adapter that out already holds.
+    """
+
+    method: Annotated[MethodName, BeforeValidator(_refuse_factor_average)] = "average"
+    weights: list[float] | None = None
+    rank: Count | None = None
+    density: Annotated[float, Field(gt=0, le=1)] | None = None
+    ridge: NonNegativeFloat | None = None
+    share: bool = True
+    tokens: Tokens = "answer"
+    rounds: Count = 1
+    model: str | None = None
+    base_model: str | None = None
+    batch_size: Count = 8
+    dtype: DType = "auto"
+    device: str = "auto"
+    seed: int = 0
+    overwrite: bool = False

@@ -1,0 +1,146 @@
+"""``flylora merge`` and ``flylora calibrate`` with tasks: what they gather, tune and measure."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flylora import UserError
+from flylora.lab.evaluation.retention import ItemLosses, retention
+from flylora.lab.merging import CalibrateConfig, MergeConfig, calibrate_adapters, merge_adapters
+from flylora.lab.merging.run import TABLE_NAME, calibration_rows
+from flylora.lab.tasks import Example, Task
+from saved_adapters import Save, fly
+
+
+@pytest.fixture
+def world(save: Save, tiny_model_dir: Path, tiny_task: Path) -> dict[str, Any]:
+    adapters = [
+        save("a", fly(projection_seed=1), 1, base=str(tiny_model_dir)),
+        save("b", fly(projection_seed=2), 2, base=str(tiny_model_dir)),
+    ]
+    return {"adapters": [str(adapter.path) for adapter in adapters], "task": str(tiny_task)}
+
+
+def config(world: dict[str, Any], out: Path, **options: Any) -> MergeConfig:
+    return MergeConfig(adapters=world["adapters"], out=str(out), **options)
+
+
+def test_calibrate_then_merge_is_merging_with_tasks(world: dict[str, Any], tmp_path: Path) -> None:
+    files = [str(tmp_path / "1.safetensors"), str(tmp_path / "2.safetensors")]
+    for file in files:
+        calibrate_adapters(CalibrateConfig(world["adapters"], world["task"], file, texts=8, dtype="float32"))
+    shared: dict[str, Any] = {"adapters": world["adapters"], "method": "least_squares", "dtype": "float32", "texts": 8}
+    by_files = merge_adapters(MergeConfig(**shared, out=str(tmp_path / "x"), calibrate=files))
+    by_tasks = merge_adapters(MergeConfig(**shared, out=str(tmp_path / "y"), calibrate=[world["task"]] * 2))
+    assert by_files.adapter_fingerprint == by_tasks.adapter_fingerprint
+    assert by_tasks.calibration[0]["texts"] == 8
+    assert by_tasks.calibration[0]["run"] == "average"
+    assert sum(by_tasks.parameters["ridge"].values()) == 6
+    with pytest.raises(UserError, match="exists already"):
+        calibrate_adapters(CalibrateConfig(world["adapters"], world["task"], files[0], texts=8))
+    with pytest.raises(UserError, match="not files"):
+        merge_adapters(MergeConfig(**shared, out=str(tmp_path / "z"), calibrate=files, rounds=2))
+
+
+def test_a_second_round_runs_the_first_merge(world: dict[str, Any], tmp_path: Path) -> None:
+    shared: dict[str, Any] = {
+        "adapters": world["adapters"],
+        "method": "least_squares",
+        "dtype": "float32",
+        "texts": 8,
+        "calibrate": [world["task"]] * 2,
+        "weights": [0.7, 0.3],
+    }
+    once = merge_adapters(MergeConfig(**shared, out=str(tmp_path / "x")))
+    twice = merge_adapters(MergeConfig(**shared, out=str(tmp_path / "y"), rounds=2))
+    assert once.adapter_fingerprint != twice.adapter_fingerprint
+    files = []
+    for t in (0, 1):
+        files.append(str(tmp_path / f"{t}.safetensors"))
+        calibrate_adapters(
+            CalibrateConfig(
+                world["adapters"], world["task"], files[t], texts=8, dtype="float32", run=str(tmp_path / "x")
+            )
+        )
+    by_hand = merge_adapters(MergeConfig(**{**shared, "calibrate": files}, out=str(tmp_path / "z")))
+    assert by_hand.adapter_fingerprint == twice.adapter_fingerprint
+
+
+def test_evaluate_writes_a_table_that_says_what_was_kept(world: dict[str, Any], tmp_path: Path) -> None:
+    record = merge_adapters(
+        MergeConfig(
+            adapters=world["adapters"], out=str(tmp_path / "out"), evaluate=[world["task"]] * 2, dtype="float32"
+        )
+    )
+    assert [row["task"] for row in record.evaluation] == ["letters", "letters"]
+    row = record.evaluation[0]
+    assert row["items"] == 8
+    assert row["base"] == record.evaluation[1]["base"]
+    assert row["merged"] == record.evaluation[1]["merged"]
+    if row["retention"] is not None:
+        assert row["retention"] == pytest.approx((row["base"] - row["merged"]) / (row["base"] - row["single"]))
+    text = (tmp_path / "out" / TABLE_NAME).read_text()
+    assert f"{row['merged']:.3f}" in text
+    assert text.count("letters") == 2
+
+
+def test_search_tunes_on_the_validation_split_and_reports_on_test(world: dict[str, Any], tmp_path: Path) -> None:
+    tasks = [world["task"]] * 2
+    options: dict[str, Any] = {"method": "sum", "search": True, "evaluate": tasks, "dtype": "float32"}
+    record = merge_adapters(config(world, tmp_path / "out", **options))
+    best = max(record.search, key=lambda entry: entry["mean"])
+    assert len(record.search) == 6
+    assert [entry["weight"] for entry in record.inputs] == best["weights"]
+
+
+def test_search_cannot_report_on_what_it_tuned(world: dict[str, Any], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "sum", "search": True, "evaluate": [world["task"]] * 2, "dtype": "float32"}
+    with pytest.raises(UserError, match="evaluate on test"):
+        merge_adapters(config(world, tmp_path / "out", **options, eval_split="validation"))
+    with pytest.raises(UserError, match="use sum"):
+        merge_adapters(config(world, tmp_path / "out", **{**options, "method": "average"}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibration_texts_are_those_that_fit_and_more_begin_with_fewer(tokenizer: Any) -> None:
+    letters = [Example(str(i), "p" * (3 + 7 * (i % 5)), "ok", "ok") for i in range(40)]
+    task = Task(name="t", version="1", load=lambda split: letters, kind="generate", max_length=24)
+    few, more = calibration_rows(task, tokenizer, 4), calibration_rows(task, tokenizer, 9)
+    assert [len(few), len(more)] == [4, 9]
+    assert more[:4] == few
+    assert all(len(row.input_ids) <= 24 for row in more)
+    assert len(calibration_rows(task, tokenizer, 400)) == 24  # all that fit
+    with pytest.raises(UserError, match="None of the 40 training examples"):
+        calibration_rows(dataclasses.replace(task, max_length=3), tokenizer, 4)
+
+
+# --- retention
+
+
+def test_retention_is_the_ratio_of_gains_with_a_jackknife_like_error() -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 9, 400)
+    base = rng.normal(2.0, 0.3, 400) * tokens
+    single = base - rng.normal(1.0, 0.2, 400) * tokens
+    merged = base - 0.8 * (base - single) + rng.normal(0, 0.3, 400)
+    losses = [ItemLosses(values.tolist(), tokens.tolist()) for values in (base, single, merged)]
+    found = retention(*losses)
+    assert found is not None
+    assert found[0] == pytest.approx((base - merged).sum() / (base - single).sum())
+    draws = []
+    for _ in range(500):
+        picked = rng.integers(0, 400, 400)
+        draws.append((base - merged)[picked].sum() / (base - single)[picked].sum())
+    assert found[1] == pytest.approx(float(np.std(draws)), rel=0.15)
+
+
+def test_nothing_gained_is_nothing_to_keep() -> None:
+    same = ItemLosses([1.0, 2.0], [1, 2])
+    assert retention(same, same, same) is None
+    assert math.isclose(same.per_token, 1.0)
