@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from flylora.errors import UserError
-from flylora.lab.tasks import load_task, published_task_names, task_names
+from flylora.lab.tasks import describe_tasks, load_task, published_task_names, task_names
 
 
 def test_every_built_in_task_loads_by_its_name() -> None:
@@ -23,8 +23,16 @@ def test_an_unknown_variant_is_refused_with_those_that_exist(name: str) -> None:
 
 
 def test_an_unknown_task_is_refused_with_the_names_that_exist() -> None:
-    with pytest.raises(UserError, match=r"Unknown task 'capital'.*capitals, elements, arithmetic, python_output"):
+    with pytest.raises(UserError, match=r"Unknown task 'capital'.*did you mean 'capitals'\?"):
         load_task("capital")
+    with pytest.raises(UserError, match=r"Unknown task 'x'.*capitals, elements, arithmetic, python_output, mmlu"):
+        load_task("x")
+
+
+def test_every_built_in_task_is_described_in_a_few_words() -> None:
+    described = describe_tasks()
+    assert list(described) == [*task_names(), *published_task_names()]
+    assert all(0 < len(words) <= 62 and "\n" not in words for words in described.values())
 
 
 def test_a_missing_task_file_is_named() -> None:

@@ -24,10 +24,10 @@ def write(tmp_path: Path) -> Write:
 
     def to_disk(rows: str = ROWS, folders: tuple[str, ...] = ("dev", "val", "test"), below: str = "") -> Path:
         for folder in folders:
-            place = tmp_path / below / folder
-            place.mkdir(parents=True, exist_ok=True)
+            inside = tmp_path / below / folder
+            inside.mkdir(parents=True, exist_ok=True)
             name = "race.csv" if folder == "auxiliary_train" else f"us_law_{folder}.csv"
-            (place / name).write_text(rows, encoding="utf-8")
+            (inside / name).write_text(rows, encoding="utf-8")
         return tmp_path
 
     return to_disk
@@ -122,9 +122,9 @@ def hub_task(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[Task, lis
 
 def test_the_hub_gives_the_same_prompts_as_the_files(monkeypatch: pytest.MonkeyPatch, write: Write) -> None:
     task, asked = hub_task(monkeypatch)
-    (found,) = task.examples("test")
+    (example,) = task.examples("test")
     (expected,) = load_task("mmlu", write("Who?,w,x,y,z,A\n")).examples("test")
-    assert (found.prompt, found.answer_index, found.group) == (expected.prompt, 0, expected.group)
+    assert (example.prompt, example.answer_index, example.group) == (expected.prompt, 0, expected.group)
     assert len(task.examples("validation")) == 2
     assert len(task.examples("train")) == 1
     splits = ("test", "validation", "dev", "auxiliary_train")

@@ -99,17 +99,51 @@ def test_files_are_relative_to_the_task_file_or_to_the_data_directory(write: Wri
     assert len(load_task(path, data_dir=elsewhere).examples("train")) == 3
 
 
+def test_a_prompt_with_a_name_is_one_of_ours(write: Write) -> None:
+    rows = [{"q": "Sort.", "given": "2 1", "answer": "1 2"}, {"q": "Sing.", "given": "", "answer": "la"}]
+    prompt = {"name": "instruction-v1", "text": "{q}", "given": "{given}"}
+    task = load_task(write(rows, prompt=prompt))
+    assert task.prompt == "instruction-v1"
+    assert [e.prompt for e in task.examples("train")] == [
+        "### Instruction:\nSort.\n\n### Input:\n2 1\n\n### Response:\n",
+        "### Instruction:\nSing.\n\n### Response:\n",
+    ]
+
+
+def test_columns_that_must_hold_text_are_checked_in_every_row(write: Write) -> None:
+    rows = [{"question": "a", "answer": "x"}, {"question": "", "answer": "y"}]
+    assert len(load_task(write(rows, columns={"question": "text or nothing"})).examples("train")) == 2
+    with pytest.raises(UserError, match=r"Row 2 of .*rows\.json has nothing in the column 'question'"):
+        load_task(write(rows, columns={"question": "text"}))
+
+
+def test_files_have_other_names_and_folders_too(write: Write, tmp_path: Path) -> None:
+    path = write(data={"train": "all.json or some.json", "folders": ["below"]})
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "some.json").write_text(json.dumps(ROWS[:3]), encoding="utf-8")
+    assert len(load_task(path).examples("train")) == 3
+
+
+def test_a_file_may_be_another_name_of_a_built_in_task(tmp_path: Path) -> None:
+    path = tmp_path / "old_name.yaml"
+    path.write_text("same_as: codealpaca\n", encoding="utf-8")
+    assert load_task(path, tmp_path).name == "codealpaca"
+    path.write_text("same_as: codealpacas\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"Unknown task 'codealpacas': did you mean 'codealpaca'\?"):
+        load_task(path)
+
+
 def test_held_out_fractions_are_disjoint_complete_and_seeded(write: Write) -> None:
     def dealt(seed: int) -> dict[str, list[str]]:
         data = {"train": "rows.json", "validation_fraction": 0.1, "test_fraction": 0.25, "seed": seed}
         task = load_task(write(data=data))
         return {split: [example.id for example in task.examples(split)] for split in SPLITS}
 
-    found = dealt(0)
-    assert {split: len(ids) for split, ids in found.items()} == {"train": 13, "validation": 2, "test": 5}
-    assert sorted(i for ids in found.values() for i in ids) == sorted(f"train-{i}" for i in range(20))
-    assert dealt(0) == found
-    assert dealt(1) != found
+    splits = dealt(0)
+    assert {split: len(ids) for split, ids in splits.items()} == {"train": 13, "validation": 2, "test": 5}
+    assert sorted(i for ids in splits.values() for i in ids) == sorted(f"train-{i}" for i in range(20))
+    assert dealt(0) == splits
+    assert dealt(1) != splits
 
 
 def test_rows_with_the_same_prompt_are_held_out_together(write: Write) -> None:
@@ -140,9 +174,9 @@ def test_choices_and_answers_in_every_form(write: Write, choices: str | list[str
 def test_choices_can_be_found_in_the_prompt_and_wrapped_in_the_completion(write: Write) -> None:
     rows = [{"q": "x? (yes/no/maybe)", "r": "no"}, {"q": "y? (no/yes)", "r": "yes"}]
     keys = {"prompt": "{q}", "choices_pattern": "yes|no|maybe", "completion": "I say {choice}.", "answer": "{r}"}
-    found = load_task(write(rows, **keys)).examples("train")
-    assert found[0].choices == ("I say yes.", "I say no.", "I say maybe.")
-    assert [(e.completion, e.answer_index, e.answer) for e in found] == [
+    examples = load_task(write(rows, **keys)).examples("train")
+    assert examples[0].choices == ("I say yes.", "I say no.", "I say maybe.")
+    assert [(e.completion, e.answer_index, e.answer) for e in examples] == [
         ("I say no.", 1, "no"),
         ("I say yes.", 1, "yes"),
     ]
@@ -191,17 +225,18 @@ def test_null_is_nothing_and_a_row_without_a_completion_can_be_left_out(
     rows = [{"question": None, "answer": "x"}, {"question": "q", "answer": None}]
     task = load_task(write(rows, drop_empty=True))
     assert [(e.id, e.prompt) for e in task.examples("train")] == [("train-0", "\n")]
-    assert "1 of 2 train rows have no completion" in caplog.text
+    assert "1 of 2 rows of" in caplog.text
+    assert "rows.json have no completion" in caplog.text
 
 
 WRONG = [
     ({"data": {"train": "gone.json"}}, r"There is no data file .*gone\.json"),
     ({"data": {}}, "No data are named"),
-    ({"data": 3}, "description of data must be keys"),
+    ({"data": 3}, "data must be keys with values, not 3"),
     ({"data": None}, "data"),
-    ({"data": {"train": "mine.yaml"}}, "format of .* cannot be told"),
+    ({"data": {"train": "mine.yaml"}}, "format of .* is not clear from its name"),
     ({"data": {"train": "rows.json", "column_names": ["a"]}}, "column_names is for CSV"),
-    ({"data": {"train": "rows.json", "tset": "x"}}, "Unknown key 'tset' in data: choose from train, validation, test"),
+    ({"data": {"train": "rows.json", "tset": "x"}}, r"Unknown key 'tset' in data: did you mean 'test'\?"),
     ({"data": {"train": "rows.json", "test_fraction": 1.5}}, "test_fraction must be from 0 to below 1, not 1.5"),
     ({"data": {"train": "rows.json", "test": "rows.json", "test_fraction": 0.5}}, "Both data.test and"),
     ({"data": {"test": "rows.json", "validation_fraction": 0.5}}, "data.train is missing"),
@@ -216,10 +251,10 @@ WRONG = [
     ({"answer": "{gold}"}, "answer template names the unknown field 'gold'"),
     ({"id": "same"}, "id 'same' occurs twice"),
     ({"group": "{subject}"}, "group template names the unknown field 'subject'"),
-    ({"extractor": "last_digit"}, "Unknown extractor 'last_digit': choose one of text, first_line"),
+    ({"extractor": "last_digit"}, r"Unknown extractor 'last_digit': did you mean 'last_number'\?"),
     ({"also_extractors": ["nothing"]}, "Unknown also_extractors 'nothing'"),
     ({"answer_extractor": "regex"}, "Unknown answer_extractor 'regex'"),
-    ({"answer_extractor": "strict_number"}, "In row 1: strict_number finds no gold answer"),
+    ({"answer_extractor": "strict_number"}, r"Row 1 of .*rows\.json: strict_number finds no gold answer"),
     ({"metric": "bleu"}, "Unknown metric 'bleu': choose one of exact_match"),
     ({"extractor": "regex"}, "belong together"),
     ({"pattern": "x"}, "belong together"),
@@ -230,15 +265,25 @@ WRONG = [
     ({"choices": ["1", "2"]}, "key answer is missing"),
     ({"choices": ["1", "2"], "answer": "{answer}", "metric": "exact_match"}, "metric exact_match does not fit"),
     ({"choices": ["1", "2"], "choices_pattern": "x", "answer": "1"}, "Both choices and choices_pattern"),
-    ({"choices": ["1", "2"], "answer": "{answer}"}, "In row 3: the answer '3' is not among the choices 1, 2"),
+    (
+        {"choices": ["1", "2"], "answer": "{answer}"},
+        r"Row 3 of .*rows\.json: the answer '3' is not among the choices 1, 2",
+    ),
     ({"choices": ["1"], "answer": "1"}, "at least two choices"),
     ({"choices": ["{a}", "2"], "answer": "1"}, "unknown field 'a'"),
     ({"choices": "options", "answer": "1"}, "no column 'options'"),
     ({"choices": "question", "answer": "1"}, "does not hold a list"),
     ({"max_length": "long"}, "max_length"),
+    ({"prompt": {"name": "instruction-v0", "text": "x"}}, r"Unknown prompt.name 'instruction-v0': did you mean"),
+    ({"prompt": {"text": "x"}}, "Unknown prompt.name ''"),
+    ({"prompt": {"name": "instruction-v1", "txt": "x"}}, "The prompt instruction-v1 takes text, given"),
+    ({"prompt": {"name": "instruction-v1", "text": "{quest}"}}, "prompt template names the unknown field 'quest'"),
+    ({"columns": {"question": "words"}}, "columns.question is 'words': choose one of text, text or nothing"),
+    ({"columns": {"gold": "text"}}, r"Row 1 of .*rows\.json has no text in the column 'gold'"),
+    ({"data": {"train": "a.json or b.json"}}, r"There is no a\.json or b\.json in"),
     ({"max_length": 1}, "max_length must be at least 2"),
     ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-    ({"promt": "x"}, "Unknown key 'promt' in the task: choose from data, prompt"),
+    ({"promt": "x"}, r"Unknown key 'promt': did you mean 'prompt'\?"),
 ]
 
 
@@ -278,7 +323,7 @@ def test_text_that_looks_like_a_date_stays_as_it_is_written(write: Write) -> Non
 
 
 def test_an_empty_completion_is_refused(write: Write) -> None:
-    with pytest.raises(UserError, match="In row 2: the completion is empty"):
+    with pytest.raises(UserError, match=r"Row 2 of .*rows\.json: the completion is empty"):
         load_task(write([{"question": "a", "answer": "b"}, {"question": "c", "answer": " "}]))
 
 
@@ -313,8 +358,8 @@ def test_a_data_set_of_the_hub_is_asked_for_by_name_and_split(write: Write, monk
 
 def test_values_of_different_types_and_missing_ones_are_written_as_they_are(write: Write) -> None:
     rows = [{"question": "a", "answer": 7}, {"answer": "b"}, {"question": "\u2028", "answer": True, "more": 1}]
-    found = [(e.prompt, e.completion) for e in load_task(write(rows)).examples("train")]
-    assert found == [("a\n", "7"), ("\n", "b"), ("\u2028\n", "True")]
+    examples = [(e.prompt, e.completion) for e in load_task(write(rows)).examples("train")]
+    assert examples == [("a\n", "7"), ("\n", "b"), ("\u2028\n", "True")]
 
 
 def test_a_damaged_parquet_file_is_refused(write: Write, tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from flylora.errors import UserError
 from flylora.lab.tasks.base import Example, Split, Task
+from flylora.lab.tasks.yaml_task import load_packaged_task, load_yaml_task, packaged_names
+from flylora.options import nearest
 
-__all__ = ["Example", "Split", "Task", "load_task", "published_task_names", "task_names"]
+__all__ = ["Example", "Split", "Task", "describe_tasks", "load_task", "published_task_names", "task_names"]
 
 _BUILT_IN = ("capitals", "elements", "arithmetic", "python_output")
 _PUBLISHED = ("mmlu", "scienceqa", "gsm8k", "codealpaca", "humaneval")
@@ -25,6 +27,11 @@ def published_task_names() -> list[str]:
     return [name for task in _PUBLISHED for name in (task, f"{task}:{_PAPER}")]
 
 
+def describe_tasks() -> dict[str, str]:
+    """What each built-in task is, in a few words, by its name; reads no data."""
+    return {name: load_task(name).description for name in (*_BUILT_IN, *published_task_names())}
+
+
 def load_task(name_or_yaml_path: str | Path, data_dir: str | Path | None = None) -> Task:
     """A built-in task by its name, or a task of the user's own from a YAML file.
 
@@ -38,6 +45,7 @@ def load_task(name_or_yaml_path: str | Path, data_dir: str | Path | None = None)
         UserError: No such task, or its YAML file or data are not what they should be.
     """
     name = str(name_or_yaml_path)
+    folder = None if data_dir is None else Path(data_dir)
     if name in _BUILT_IN:
         return import_module(f"flylora.lab.tasks.{name}").TASK
     published, colon, variant = name.partition(":")
@@ -46,11 +54,10 @@ def load_task(name_or_yaml_path: str | Path, data_dir: str | Path | None = None)
             raise UserError(
                 f"The task {published} has no variant '{variant}': give {published} or {published}:{_PAPER}."
             )
-        folder = None if data_dir is None else Path(data_dir)
+        if name in packaged_names():
+            return load_packaged_task(name, folder)
         return import_module(f"flylora.lab.tasks.{published}").make(folder, paper=bool(variant))
     if name.endswith((".yaml", ".yml")):
-        from flylora.lab.tasks.yaml_task import load_yaml_task
-
-        return load_yaml_task(Path(name), None if data_dir is None else Path(data_dir))
-    names = ", ".join((*_BUILT_IN, *_PUBLISHED))
-    raise UserError(f"Unknown task '{name}': choose one of {names}, or give the path of your own .yaml file.")
+        return load_yaml_task(Path(name), folder)
+    known = nearest(name, (*_BUILT_IN, *published_task_names()))
+    raise UserError(f"Unknown task '{name}', which is no .yaml file of yours either: {known}")

@@ -102,6 +102,7 @@ def _draw(split: Split, story: Story, rng: random.Random) -> Example:
 TASK = Task(
     name="arithmetic",
     version=VERSION,
+    description="Short word problems with worked answers",
     load=_examples,
     kind="generate",
     extractor="last_number",

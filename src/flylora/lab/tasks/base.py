@@ -72,6 +72,7 @@ class Task:
 
     Attributes:
         name: The name the task is asked for by.
+        description: What it is, in a few words.
         version: Changes whenever the examples, the prompt or the marking change.
         load: Gives the whole of one split, in an order that never changes.
         kind: How it is evaluated (see ``Kind``).
@@ -92,6 +93,7 @@ class Task:
 
     name: str
     version: str
+    description: str = ""
     load: Callable[[Split], Sequence[Example]] = field(repr=False)
     kind: Kind
     extractor: str = "text"
@@ -122,13 +124,13 @@ class Task:
             raise UserError(f"Unknown split '{split}': choose one of {', '.join(SPLITS)}.")
         if limit is not None and limit < 1:
             raise UserError(f"The limit of examples must be at least 1, not {limit}: leave it out for all of them.")
-        found = list(self.load(split))
-        if not found:
+        examples = list(self.load(split))
+        if not examples:
             raise UserError(f"The task '{self.name}' has no {split} examples: choose another split or add data.")
-        if limit is None or limit >= len(found):
-            return found
+        if limit is None or limit >= len(examples):
+            return examples
         rng = random.Random(f"{self.name}/{self.version}/{split}")
-        return [found[i] for i in sorted(rng.sample(range(len(found)), limit))]
+        return [examples[i] for i in sorted(rng.sample(range(len(examples)), limit))]
 
     def data_hash(self, split: Split) -> str:
         """The sha256 (hex) of every field of every example of one split, in order."""

@@ -105,6 +105,7 @@ def load(split: Split) -> list[Example]:
 TASK = Task(
     name="capitals",
     version=VERSION,
+    description="Capitals of countries, asked in other words than in training",
     load=load,
     kind="generate",
     extractor="first_line",

@@ -113,6 +113,7 @@ def load(split: Split) -> list[Example]:
 TASK = Task(
     name="elements",
     version=VERSION,
+    description="Multiple choice about the chemical elements",
     load=load,
     kind="choice",
     max_length=48,

@@ -17,8 +17,8 @@ from typing import Any
 from flylora.errors import UserError
 from flylora.lab.tasks.base import CodeExample, Example, Split, Task
 from flylora.lab.tasks.prompts import code, function_instruction
-from flylora.lab.tasks.published import find, no_split, refuse_repeated, text_of
-from flylora.lab.tasks.tables import hub_rows
+from flylora.lab.tasks.published import no_split, refuse_repeated, text_of
+from flylora.lab.tasks.tables import find, hub_rows
 
 VERSION = "1"
 HUB = "openai/openai_humaneval"
@@ -35,15 +35,14 @@ def make(data_dir: Path | None, paper: bool) -> Task:
         if split != "test":
             raise no_split(name, split, "it is for testing only, so train on codealpaca")
         rows, source = _rows(data_dir)
-        found: list[Example] = [
-            _example(row, f"Row {number + 1} of {source}", paper) for number, row in enumerate(rows)
-        ]
-        refuse_repeated((example.id for example in found), source)
-        return found
+        examples: list[Example] = [_example(row, f"Row {n + 1} of {source}", paper) for n, row in enumerate(rows)]
+        refuse_repeated((example.id for example in examples), source)
+        return examples
 
     return Task(
         name=name,
         version=VERSION,
+        description="Python functions, run against tests (HumanEval)" + ", the paper's form" * paper,
         load=load,
         kind="code",
         prompt="function-instruction-v1" if paper else "code-v1",

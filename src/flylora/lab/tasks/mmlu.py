@@ -17,9 +17,8 @@ from typing import Any
 
 from flylora.errors import UserError
 from flylora.lab.tasks.base import Example, Split, Task
-from flylora.lab.tasks.prompts import letter, lettered, numbered_instruction
-from flylora.lab.tasks.published import find, index_of, no_split, options_of, text_of
-from flylora.lab.tasks.tables import hub_rows
+from flylora.lab.tasks.published import index_of, no_split, options_of, question, question_task, text_of
+from flylora.lab.tasks.tables import find, hub_rows
 
 VERSION = "1"
 LETTERS = ("A", "B", "C", "D")
@@ -42,24 +41,16 @@ def make(data_dir: Path | None, paper: bool) -> Task:
     def load(split: Split) -> list[Example]:
         return _load(name, data_dir, split, paper)
 
-    common: dict[str, Any] = {
-        "name": name,
-        "version": VERSION,
-        "load": load,
-        "sources": ("Measuring Massive Multitask Language Understanding (Hendrycks et al., 2021)",),
-        "licence": "MIT",
-    }
-    if paper:
-        return Task(
-            **common,
-            kind="generate",
-            prompt="numbered-instruction-v1",
-            extractor="option_number",
-            max_length=128,
-            max_new_tokens=128,
-            truncate_prompt=True,  # 128 tokens are too few for many questions of the auxiliary training set
-        )
-    return Task(**common, kind="choice", prompt="lettered-v1", max_length=1024)
+    return question_task(
+        paper=paper,
+        max_length=128 if paper else 1024,
+        name=name,
+        version=VERSION,
+        description="Multiple choice over 57 subjects (MMLU)" + ", the paper's form" * paper,
+        load=load,
+        sources=("Measuring Massive Multitask Language Understanding (Hendrycks et al., 2021)",),
+        licence="MIT",
+    )
 
 
 def _load(name: str, data_dir: Path | None, split: Split, paper: bool) -> list[Example]:
@@ -85,16 +76,16 @@ def _load_folder(name: str, data_dir: Path | None, split: Split, folder: str, pa
 
 def _from_csv(path: Path, folder: str, paper: bool) -> list[Example]:
     subject = path.stem.removesuffix(f"_{folder}").replace("_", " ")
-    found = []
+    examples = []
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             for number, row in enumerate(csv.reader(file, strict=True)):
-                found.append(_from_row(row, f"Row {number + 1} of {path}", folder, subject, number, paper))
+                examples.append(_from_row(row, f"Row {number + 1} of {path}", folder, subject, number, paper))
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a CSV file ({error}): copy it again.") from error
-    if not found:
+    if not examples:
         raise UserError(f"The data file {path} is empty: give one that holds at least one question.")
-    return found
+    return examples
 
 
 def _from_row(row: Sequence[str], where: str, folder: str, subject: str, number: int, paper: bool) -> Example:
@@ -109,31 +100,17 @@ def _from_row(row: Sequence[str], where: str, folder: str, subject: str, number:
     if not row[0].strip():
         raise UserError(f"{where} has nothing in the column 'question': fill or remove it.")
     options = options_of(row[1:5], where)
-    return _example(f"{folder}/{subject}/{number}", row[0], options, LETTERS.index(answer), subject, paper)
+    # The auxiliary training set is filed by its origin, which says nothing about a question.
+    known = "" if folder == "auxiliary_train" else subject
+    name, index = f"{folder}/{subject}/{number}", LETTERS.index(answer)
+    return question(name, row[0], options, index, paper=paper, subject=known, group=subject)
 
 
 def _from_hub(row: dict[str, Any], folder: str, number: int, paper: bool) -> Example:
     where = f"Row {number + 1} of the hub's {HUB}, {folder}"
     options = options_of(row.get("choices"), where)
     index = index_of(row.get("answer"), len(options), where)
-    subject = text_of(row, "subject", where, may_be_empty=True).replace("_", " ")
-    name = f"{folder}/{number}"
-    return _example(name, text_of(row, "question", where), options, index, subject or folder, paper)
-
-
-def _example(name: str, text: str, options: tuple[str, ...], index: int, subject: str, paper: bool) -> Example:
-    text, options = text.strip(), tuple(option.strip() for option in options)
-    if paper:
-        return Example(name, numbered_instruction(text, options), str(index), str(index), group=subject)
-    # The auxiliary training set is filed by its origin, which says nothing about a question.
-    known = "" if name.startswith("auxiliary_train/") else subject
-    letters = tuple(f" {letter(number)}" for number in range(len(options)))
-    return Example(
-        id=name,
-        prompt=lettered(text, options, subject=known),
-        completion=letters[index],
-        answer=letter(index),
-        choices=letters,
-        answer_index=index,
-        group=subject,
-    )
+    subject = text_of(row, "subject", where, may_be_empty=True).replace("_", " ") or folder
+    known = "" if folder == "auxiliary_train" else subject
+    text = text_of(row, "question", where)
+    return question(f"{folder}/{number}", text, options, index, paper=paper, subject=known, group=subject)

@@ -1,50 +1,61 @@
-"""What the published data sets have in common: where their files are, rows that must be whole, held-out prompts."""
+"""What the published data sets have in common: multiple choice, rows that must be whole, held-out prompts."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from flylora.errors import UserError
-from flylora.lab.tasks.base import Example, Split
-from flylora.lab.tasks.tables import DataSource, hub_rows, read_table
+from flylora.lab.tasks.base import Example, Split, Task
+from flylora.lab.tasks.prompts import letter, lettered, numbered_instruction
 
 
-def find(data_dir: Path, folders: Sequence[str], names: Sequence[str]) -> Path:
-    """The first of ``names`` that is in ``data_dir`` or in one of its ``folders``.
-
-    Raises:
-        UserError: The folder is missing or holds none of them.
-    """
-    if not data_dir.is_dir():
-        raise UserError(f"There is no data folder {data_dir}: check the path given as the data directory.")
-    for folder in (data_dir, *(data_dir / name for name in folders)):
-        for name in names:
-            if (folder / name).exists():
-                return folder / name
-    places = " or ".join(str(folder) for folder in (data_dir, *(data_dir / name for name in folders)))
-    raise UserError(f"There is no {' or '.join(names)} in {places}: put the published files there.")
-
-
-def file_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON list or of JSON lines; every column is in every row, ``None`` where it was missing."""
-    return read_table(DataSource(train=path.name), path.name, path.parent).rows
-
-
-def rows_of(data_dir: Path | None, path: tuple[Sequence[str], Sequence[str]], hub: tuple[str, str | None, str]) -> Any:
-    """Rows and what to call their source: from a file if there is a data folder, else from the hub.
+def question(
+    name: str,
+    text: str,
+    options: tuple[str, ...],
+    index: int,
+    *,
+    paper: bool,
+    context: str = "",
+    subject: str = "",
+    group: str = "",
+) -> Example:
+    """A multiple-choice question.
 
     Args:
-        data_dir: The folder; ``None`` for the hub.
-        path: ``folders`` and ``names`` as in ``find``.
-        hub: Data set, configuration and split.
+        name: The example's id.
+        text: What is asked.
+        options: What can be answered.
+        index: Number of the right answer, from 0.
+        paper: Whether the number of the answer is generated from an instruction, as the FlyLoRA paper does; else the
+            log-likelihoods of letters are compared.
+        context: What the question is about.
+        subject: Stated before the question, if not empty and not ``paper``.
+        group: What results are broken down by.
     """
-    if data_dir is None:
-        return hub_rows(*hub), f"the hub's data set {hub[0]}"
-    found = find(data_dir, *path)
-    return file_rows(found), str(found)
+    text, context, options = text.strip(), context.strip(), tuple(option.strip() for option in options)
+    if paper:
+        return Example(name, numbered_instruction(text, options, context), str(index), str(index), group=group)
+    letters = tuple(f" {letter(number)}" for number in range(len(options)))
+    prompt = lettered(text, options, context, subject)
+    return Example(name, prompt, letters[index], letter(index), letters, index, group)
+
+
+def question_task(*, paper: bool, max_length: int, **fields: Any) -> Task:
+    """A task of such questions; ``fields`` are those of ``Task`` that differ between data sets."""
+    if not paper:
+        return Task(kind="choice", prompt="lettered-v1", max_length=max_length, **fields)
+    return Task(
+        kind="generate",
+        prompt="numbered-instruction-v1",
+        extractor="option_number",
+        max_length=max_length,
+        max_new_tokens=128,
+        truncate_prompt=True,  # the paper's lengths are too short for many questions
+        **fields,
+    )
 
 
 def text_of(row: Mapping[str, Any], column: str, where: str, may_be_empty: bool = False) -> str:
@@ -55,7 +66,7 @@ def text_of(row: Mapping[str, Any], column: str, where: str, may_be_empty: bool 
     """
     value = row.get(column)
     if not isinstance(value, str):
-        has = ", ".join(name for name, held in row.items() if held is not None)
+        has = ", ".join(name for name, content in row.items() if content is not None)
         raise UserError(f"{where} has no text in the column '{column}' (it has {has}): correct or remove it.")
     if not may_be_empty and not value.strip():
         raise UserError(f"{where} has nothing in the column '{column}': fill or remove it.")
@@ -113,7 +124,7 @@ def hold_out(
         owner |= dict.fromkeys(prompts[len(owner) : len(owner) + count], split)
     if len(owner) == len(prompts):
         raise UserError(f"{len(prompts)} different prompts are too few to hold some out: give more rows.")
-    found: dict[Split, list[Example]] = {"train": [], **{split: [] for split, share in shares.items() if share}}
+    splits: dict[Split, list[Example]] = {"train": [], **{split: [] for split, share in shares.items() if share}}
     for example in examples:
-        found[owner.get(example.prompt, "train")].append(example)
-    return found
+        splits[owner.get(example.prompt, "train")].append(example)
+    return splits

@@ -163,6 +163,7 @@ def load(split: Split) -> list[Example]:
 TASK = Task(
     name="python_output",
     version=VERSION,
+    description="What does a small Python program print?",
     load=load,
     kind="generate",
     extractor="first_line",

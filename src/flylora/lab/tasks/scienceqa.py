@@ -9,16 +9,15 @@ log-likelihoods of the letters. ``scienceqa:paper`` follows the FlyLoRA paper, w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from flylora.errors import UserError
 from flylora.lab.tasks.base import Example, Split, Task
-from flylora.lab.tasks.prompts import letter, lettered, numbered_instruction
-from flylora.lab.tasks.published import find, index_of, options_of, refuse_repeated, text_of
-from flylora.lab.tasks.tables import hub_rows
+from flylora.lab.tasks.published import index_of, options_of, question, question_task, refuse_repeated, text_of
+from flylora.lab.tasks.tables import find, hub_rows
 
 VERSION = "1"
 HUB = "derek-thomas/ScienceQA"
@@ -37,24 +36,16 @@ def make(data_dir: Path | None, paper: bool) -> Task:
             return _examples(((f"{split}-{i}", row) for i, row in enumerate(rows)), f"the hub's {HUB}", paper)
         return _from_files(data_dir, split, paper)
 
-    common: dict[str, Any] = {
-        "name": "scienceqa:paper" if paper else "scienceqa",
-        "version": VERSION,
-        "load": load,
-        "sources": ("Learn to Explain: Multimodal Reasoning via Thought Chains (Lu et al., 2022)",),
-        "licence": "CC BY-NC-SA 4.0",
-    }
-    if paper:
-        return Task(
-            **common,
-            kind="generate",
-            prompt="numbered-instruction-v1",
-            extractor="option_number",
-            max_length=256,
-            max_new_tokens=128,
-            truncate_prompt=True,
-        )
-    return Task(**common, kind="choice", prompt="lettered-v1", max_length=512)
+    return question_task(
+        paper=paper,
+        max_length=256 if paper else 512,
+        name="scienceqa:paper" if paper else "scienceqa",
+        version=VERSION,
+        description="Multiple choice about school science (ScienceQA)" + ", the paper's form" * paper,
+        load=load,
+        sources=("Learn to Explain: Multimodal Reasoning via Thought Chains (Lu et al., 2022)",),
+        licence="CC BY-NC-SA 4.0",
+    )
 
 
 def _from_files(data_dir: Path, split: Split, paper: bool) -> list[Example]:
@@ -96,20 +87,9 @@ def _examples(problems: Any, source: str, paper: bool) -> list[Example]:
 
 
 def _example(name: str, problem: Mapping[str, Any], where: str, paper: bool) -> Example:
-    text = text_of(problem, "question", where).strip()
-    options: Sequence[str] = [option.strip() for option in options_of(problem.get("choices"), where)]
+    text = text_of(problem, "question", where)
+    options = options_of(problem.get("choices"), where)
     index = index_of(problem.get("answer"), len(options), where)
-    hint = text_of({"hint": "", **problem}, "hint", where, may_be_empty=True).strip()
-    subject = text_of({"subject": "", **problem}, "subject", where, may_be_empty=True)
-    if paper:
-        return Example(name, numbered_instruction(text, options, hint), str(index), str(index), group=subject)
-    letters = tuple(f" {letter(number)}" for number in range(len(options)))
-    return Example(
-        id=name,
-        prompt=lettered(text, options, hint),
-        completion=letters[index],
-        answer=letter(index),
-        choices=letters,
-        answer_index=index,
-        group=subject,
-    )
+    hint = text_of({"hint": "", **problem}, "hint", where, may_be_empty=True)
+    group = text_of({"subject": "", **problem}, "subject", where, may_be_empty=True)
+    return question(name, text, options, index, paper=paper, context=hint, group=group)

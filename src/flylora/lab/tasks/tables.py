@@ -5,25 +5,29 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from flylora.errors import UserError
+from flylora.options import options
 
 Format = Literal["json", "csv", "parquet"]
 _SUFFIXES: dict[str, Format] = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
+@options
 @dataclass(frozen=True, kw_only=True)
 class DataSource:
     """Where a task's rows are.
 
     Attributes:
-        train: File or files of the training split; with ``hub``, the name of a split there.
+        train: File or files of the training split; with ``hub``, the name of a split there. Of a file's names separated
+            by " or " the first that exists counts.
         validation: Likewise; instead of it a ``validation_fraction`` of train can be held out.
         test: Likewise.
-        format: json (also JSON lines), csv or parquet; by default told by the name of each file.
+        folders: Where to look for the files besides the data folder itself, relative to it.
+        format: json (also JSON lines), csv or parquet; by default what the name of each file says.
         column_names: For CSV files without a header.
         hub: Name of a data set on the Hugging Face hub, instead of files.
         subset: Its configuration, if it has several.
@@ -36,6 +40,7 @@ class DataSource:
     train: str | list[str] | None = None
     validation: str | list[str] | None = None
     test: str | list[str] | None = None
+    folders: list[str] = field(default_factory=list)
     format: Format | None = None
     column_names: list[str] | None = None
     hub: str | None = None
@@ -45,13 +50,54 @@ class DataSource:
     test_fraction: float = 0.0
     seed: int = 0
 
+    @property
+    def held_out(self) -> dict[str, float]:
+        """The share of train that is held out for each of the other splits."""
+        return {"validation": self.validation_fraction, "test": self.test_fraction}
+
+    def __post_init__(self) -> None:
+        """Raises ``UserError`` where splits and fractions do not fit together."""
+        if (self.train, self.validation, self.test) == (None, None, None):
+            raise UserError("No data are named: give data.train, data.validation or data.test.")
+        for split, fraction in self.held_out.items():
+            if not 0 <= fraction < 1:
+                raise UserError(
+                    f"data.{split}_fraction must be from 0 to below 1, not {fraction}: it is a share of train."
+                )
+            if fraction and getattr(self, split) is not None:
+                raise UserError(f"Both data.{split} and data.{split}_fraction are given: leave one of them out.")
+        if any(self.held_out.values()) and self.train is None:
+            raise UserError("A fraction of train is to be held out, but data.train is missing: name the file.")
+        if sum(self.held_out.values()) >= 1:
+            raise UserError("The fractions to be held out leave nothing to train on: their sum must be below 1.")
+
 
 @dataclass(frozen=True)
 class Table:
-    """Rows by column name; nested objects are columns of their own with dotted names, what a row lacks is ``None``."""
+    """Rows by column name; nested objects are columns of their own with dotted names, what a row lacks is ``None``.
+
+    ``source`` is what to call the place they come from.
+    """
 
     columns: list[str]
     rows: list[dict[str, Any]]
+    source: str
+
+
+def find(data_dir: Path, folders: Sequence[str], names: Sequence[str]) -> Path:
+    """The first of ``names`` that is in ``data_dir`` or in one of its ``folders``.
+
+    Raises:
+        UserError: The folder is missing or holds none of them.
+    """
+    if not data_dir.is_dir():
+        raise UserError(f"There is no data folder {data_dir}: check the path given as the data directory.")
+    candidates = [data_dir, *(data_dir / name for name in folders)]
+    for path in (folder / name for folder in candidates for name in names):
+        if path.exists():
+            return path
+    where = " or ".join(map(str, candidates))
+    raise UserError(f"There is no {' or '.join(names)} in {where}: put the published files there.")
 
 
 def read_table(source: DataSource, named: str | list[str], folder: Path) -> Table:
@@ -68,15 +114,21 @@ def read_table(source: DataSource, named: str | list[str], folder: Path) -> Tabl
     names = [named] if isinstance(named, str) else named
     if source.hub is not None:
         where = f"the hub's data set {source.hub}"
-        found = [row for name in names for row in hub_rows(source.hub, source.subset, name, source.revision)]
+        rows = [row for name in names for row in hub_rows(source.hub, source.subset, name, source.revision)]
     else:
-        where = ", ".join(str(folder / name) for name in names)
-        found = [row for name in names for row in _read_file(source, folder / name)]
-    if not found:
+        paths = [_path(source, name, folder) for name in names]
+        where = ", ".join(map(str, paths))
+        rows = [row for path in paths for row in _read_file(source, path)]
+    if not rows:
         raise UserError(f"There are no rows in {where}: give data that hold at least one.")
-    flat = [dict(_flattened(row)) for row in found]
+    flat = [dict(_flattened(row)) for row in rows]
     columns = list(dict.fromkeys(name for row in flat for name in row))
-    return Table(columns, [{name: row.get(name) for name in columns} for row in flat])
+    return Table(columns, [{name: row.get(name) for name in columns} for row in flat], where)
+
+
+def _path(source: DataSource, name: str, folder: Path) -> Path:
+    names = name.split(" or ")
+    return find(folder, source.folders, names) if source.folders or len(names) > 1 else folder / name
 
 
 def hub_rows(
@@ -89,7 +141,7 @@ def hub_rows(
         subset: Its configuration, if it has several.
         split: Name of the split there.
         revision: Branch, tag or commit.
-        presence_of: Columns of images, of which only whether there is one is told.
+        presence_of: Columns of images, of which only whether there is one is given.
 
     Raises:
         UserError: It cannot be read.
@@ -113,7 +165,7 @@ def _read_file(source: DataSource, path: Path) -> list[dict[str, Any]]:
             raise UserError(f"The data file {path} is empty: give one that holds at least one row.")
     form = source.format or _SUFFIXES.get(path.suffix.lower())
     if form is None:
-        raise UserError(f"The format of {path} cannot be told from its name: set data.format to json, csv or parquet.")
+        raise UserError(f"The format of {path} is not clear from its name: set data.format to json, csv or parquet.")
     if source.column_names is not None and form != "csv":
         raise UserError("data.column_names is for CSV files without a header: leave it out for other formats.")
     if form == "json":

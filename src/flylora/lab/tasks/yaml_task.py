@@ -1,39 +1,46 @@
-"""Tasks of the user's own, described by a YAML file (see docs/add_a_task.md)."""
+"""Tasks that a YAML file describes: the user's own (see docs/add_a_task.md) and some of the built-in ones."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from pydantic import Field
 
 from flylora.errors import UserError
 from flylora.lab.tasks.base import REGEX, SPLITS, Example, Kind, Split, Task
-from flylora.lab.tasks.published import hold_out
+from flylora.lab.tasks.prompts import PROMPTS
+from flylora.lab.tasks.published import hold_out, no_split, refuse_repeated, text_of
 from flylora.lab.tasks.scoring import EXTRACTORS, METRICS
-from flylora.lab.tasks.tables import DataSource, Table, read_table
+from flylora.lab.tasks.tables import DataSource, read_table
 from flylora.lab.tasks.templates import Template
+from flylora.options import Count, from_mapping, nearest, options, read_yaml
 
 logger = logging.getLogger(__name__)
 
 LOSS = "loss"
 AnswerIs = Literal["text", "index", "letter"]
 FileKind = Literal["choice", "generate", "loss"]
+Column = Literal["text", "text or nothing"]
 
 
+@options
 @dataclass(frozen=True, kw_only=True)
 class TaskFile:
     """The keys of a task file. Templates are text with columns in braces, such as ``{question}``.
 
     Attributes:
         data: Where the rows are.
-        prompt: Template of what comes before the answer.
+        published: Where they are if no data folder is given, such as on the hub.
+        columns: What must hold text in every row; ``text or nothing`` may be empty. Other columns may be missing.
+        prompt: Template of what comes before the answer, or ``name``, one of ``prompts.PROMPTS``, and a template for
+            each of its arguments.
         completion: Template of what is learnt; with choices it may use ``{choice}``, which is what it is by default.
         choices: For multiple choice: templates of the candidate answers, or the name of a column that lists them.
         choices_pattern: Or a regular expression whose matches in the prompt are the candidates.
@@ -45,14 +52,17 @@ class TaskFile:
         also_extractors: Further readings to report.
         pattern: The regular expression of the extractor ``regex``.
         metric: Compares the two; ``loss`` measures the loss on the completion and nothing else.
-        name, version, licence, sources: What the task is called and where its data come from.
+        name, version, description, licence, sources: What the task is called and where its data come from.
         id, group: Templates of an item's id and of what results are broken down by.
         drop_empty: Whether rows without a completion are left out, with a warning, instead of being an error.
+        no_split: What to say to somebody who asks for a split that the data lack.
         stop, max_length, max_new_tokens, chat_template, truncate_prompt: As in ``Task``.
     """
 
     data: DataSource
-    prompt: str
+    published: DataSource | None = None
+    columns: dict[str, Column] = field(default_factory=dict)
+    prompt: str | dict[str, str]
     completion: str | None = None
     choices: str | list[str] | None = None
     choices_pattern: str | None = None
@@ -66,14 +76,16 @@ class TaskFile:
     metric: str | None = None
     name: str | None = None
     version: str | int | float = "1"
+    description: str = ""
     licence: str = ""
     sources: list[str] = field(default_factory=list)
     id: str | None = None
     group: str = ""
     drop_empty: bool = False
+    no_split: str | None = None
     stop: list[str] = field(default_factory=list)
-    max_length: int = 512
-    max_new_tokens: int = 256
+    max_length: Annotated[int, Field(ge=2)] = 512
+    max_new_tokens: Count = 256
     chat_template: bool = False
     truncate_prompt: bool = False
 
@@ -91,6 +103,59 @@ class TaskFile:
             return "loss"
         return "choice" if self.has_choices else "generate"
 
+    @property
+    def prompt_name(self) -> str:
+        """The name of the prompt; empty for a template of the file's own."""
+        return "" if isinstance(self.prompt, str) else self.prompt.get("name", "")
+
+    def __post_init__(self) -> None:
+        """Raises ``UserError`` where names are unknown or keys do not fit together."""
+        readings = [("extractor", self.extractor), *(("also_extractors", name) for name in self.also_extractors)]
+        for key, name, known in (
+            *((key, name, [*EXTRACTORS, REGEX]) for key, name in readings),
+            ("answer_extractor", self.answer_extractor, list(EXTRACTORS)),
+            ("metric", self.metric, [*METRICS, LOSS]),
+        ):
+            if name is not None and name not in known:
+                raise UserError(f"Unknown {key} '{name}': {nearest(name, known)}")
+        if (REGEX in [name for _, name in readings]) != (self.pattern is not None):
+            raise UserError(f"The extractor {REGEX} and the key pattern belong together: give both or neither.")
+        for key, pattern in (("pattern", self.pattern), ("choices_pattern", self.choices_pattern)):
+            try:
+                re.compile(pattern or "")
+            except re.error as error:
+                raise UserError(f"The {key} is not a regular expression ({error}): correct it.") from error
+        if self.choices is not None and self.choices_pattern is not None:
+            raise UserError("Both choices and choices_pattern are given: leave one of them out.")
+        self._check_prompt()
+        self._check_kind()
+
+    def _check_prompt(self) -> None:
+        if isinstance(self.prompt, str):
+            return
+        if self.prompt_name not in PROMPTS:
+            raise UserError(f"Unknown prompt.name '{self.prompt_name}': {nearest(self.prompt_name, PROMPTS)}")
+        takes = signature(PROMPTS[self.prompt_name])
+        try:
+            takes.bind(**{key: "" for key in self.prompt if key != "name"})
+        except TypeError as error:
+            names = ", ".join(takes.parameters)
+            raise UserError(f"The prompt {self.prompt_name} takes {names} ({error}): correct its keys.") from error
+
+    def _check_kind(self) -> None:
+        kind = self.evaluated_as
+        if (kind == "choice") != self.has_choices and kind != "loss":
+            raise UserError(
+                f"The kind {kind} and the choices do not fit: give choices to choose from, and to nothing else."
+            )
+        if self.has_choices and self.answer is None:
+            raise UserError("The key answer is missing: say which of the choices is right.")
+        if not self.has_choices and self.completion is None:
+            raise UserError("The key completion is missing: give the template of what is to be learnt.")
+        fitting = {"choice": (None,), "loss": (None, LOSS)}.get(kind, (None, *METRICS))
+        if self.metric not in fitting:
+            raise UserError(f"The metric {self.metric} does not fit the kind {kind}: leave one of them out.")
+
 
 def load_yaml_task(path: Path, data_dir: Path | None = None) -> Task:
     """The task a YAML file describes, with all its data read and checked.
@@ -104,20 +169,48 @@ def load_yaml_task(path: Path, data_dir: Path | None = None) -> Task:
     """
     if not path.is_file():
         raise UserError(f"There is no task file {path}: give the path of a YAML file or the name of a built-in task.")
+    content = read_yaml(path)
+    if isinstance(content, dict) and list(content) == ["same_as"]:
+        return load_packaged_task(str(content["same_as"]), data_dir)
     try:
-        spec = _parse(path)
-        _check(spec)
-        splits = _read(spec, path.parent if data_dir is None else data_dir)
+        spec = from_mapping(TaskFile, content)
+        folder = path.parent if data_dir is None and spec.published is None else data_dir
+        load = _loader(spec, folder, None)
+        named = [split for split in SPLITS if getattr(spec.data, split) is not None]
+        refuse_repeated((example.id for split in named for example in load(split)), "its data")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    return _task(spec, path.stem, load)
+
+
+def packaged_names() -> list[str]:
+    """The names of the built-in tasks that are YAML files of this package."""
+    return sorted(path.stem.replace("-", ":") for path in Path(__file__).parent.glob("*.yaml"))
+
+
+def load_packaged_task(name: str, data_dir: Path | None = None) -> Task:
+    """One of ``packaged_names()``; its data are read only when they are asked for.
+
+    Raises:
+        UserError: There is no such task.
+    """
+    if name not in packaged_names():
+        raise UserError(f"Unknown task '{name}': {nearest(name, packaged_names())}")
+    spec = from_mapping(TaskFile, read_yaml(Path(__file__).with_name(f"{name.replace(':', '-')}.yaml")))
+    return _task(spec, name, _loader(spec, data_dir, name))
+
+
+def _task(spec: TaskFile, name: str, load: Callable[[Split], list[Example]]) -> Task:
     return Task(
-        name=spec.name or path.stem,
+        name=spec.name or name,
         version=str(spec.version),
-        load=partial(_split, splits),
+        description=spec.description,
+        load=load,
         kind=spec.evaluated_as,
         extractor=spec.extractor,
         also_extractors=tuple(spec.also_extractors),
         metric=spec.metric or (LOSS if spec.evaluated_as == "loss" else "exact_match"),
+        prompt=spec.prompt_name,
         pattern=spec.pattern,
         max_length=spec.max_length,
         max_new_tokens=spec.max_new_tokens,
@@ -129,142 +222,48 @@ def load_yaml_task(path: Path, data_dir: Path | None = None) -> Task:
     )
 
 
-def _parse(path: Path) -> TaskFile:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or "it is not text"
-        raise UserError(f"The file is not valid YAML{where} ({reason}): correct it there.") from error
-    _check_keys(content, TaskFile, "the task")
-    _check_keys(content.get("data", {}), DataSource, "data")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TaskFile)
-    try:
-        values = parser.instantiate(parser.parse_object(content))
-    except ArgumentError as error:
-        raise UserError(f"{_one_line(str(error))}: correct the value of that key.") from error
-    return TaskFile(**{key.name: values[key.name] for key in fields(TaskFile)})
+def _loader(spec: TaskFile, folder: Path | None, built_in: str | None) -> Callable[[Split], list[Example]]:
+    """What gives the examples of a split; a split is read when it is asked for the first time."""
+    data = spec.published if folder is None and spec.published is not None else spec.data
+
+    @cache
+    def whole(split: Split) -> list[Example]:
+        return _examples(spec, split, data, folder or Path())
+
+    @cache
+    def dealt() -> dict[Split, list[Example]]:
+        return hold_out(whole("train"), data.validation_fraction, data.test_fraction, data.seed)
+
+    def load(split: Split) -> list[Example]:
+        if (split == "train" and any(data.held_out.values())) or data.held_out.get(split):
+            return dealt()[split]
+        if getattr(data, split) is not None:
+            return whole(split)
+        if built_in is not None and spec.no_split is not None:
+            raise no_split(built_in, split, spec.no_split)
+        also = "" if split == "train" else f" or data.{split}_fraction"
+        raise UserError(f"The task file names no {split} data: {spec.no_split or f'add data.{split}{also}'}.")
+
+    return load
 
 
-def _check_keys(content: Any, described_by: type, what: str) -> None:
-    names = [key.name for key in fields(described_by)]
-    if not isinstance(content, Mapping):
-        raise UserError(f"The description of {what} must be keys with values, such as '{names[0]}: …'.")
-    for key in content:
-        if key not in names:
-            raise UserError(f"Unknown key '{key}' in {what}: choose from {', '.join(names)}.")
-
-
-def _one_line(message: str) -> str:
-    message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("typing.", "").replace("Parser key", "Key")
-    return re.sub(r"\s+", " ", message).rstrip(". ")
-
-
-def _check(spec: TaskFile) -> None:
-    extractors = [*EXTRACTORS, REGEX]
-    for key, name in [("extractor", spec.extractor), *(("also_extractors", n) for n in spec.also_extractors)]:
-        if name not in extractors:
-            raise UserError(f"Unknown {key} '{name}': choose one of {', '.join(extractors)}.")
-    if spec.answer_extractor not in EXTRACTORS:
-        raise UserError(f"Unknown answer_extractor '{spec.answer_extractor}': choose one of {', '.join(EXTRACTORS)}.")
-    if spec.metric not in (None, LOSS, *METRICS):
-        raise UserError(f"Unknown metric '{spec.metric}': choose one of {', '.join([*METRICS, LOSS])}.")
-    if (REGEX in (spec.extractor, *spec.also_extractors)) != (spec.pattern is not None):
-        raise UserError(f"The extractor {REGEX} and the key pattern belong together: give both or neither.")
-    for key, pattern in (("pattern", spec.pattern), ("choices_pattern", spec.choices_pattern)):
+def _examples(spec: TaskFile, split: Split, data: DataSource, folder: Path) -> list[Example]:
+    table = read_table(data, getattr(data, split), folder)
+    for number, row in enumerate(table.rows):
+        for column, holds in spec.columns.items():
+            text_of(row, column, f"Row {number + 1} of {table.source}", may_be_empty=holds != "text")
+    write = _Writer(spec, split, table.columns)
+    examples = []
+    for number, row in enumerate(table.rows):
         try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise UserError(f"The {key} is not a regular expression ({error}): correct it.") from error
-    if spec.choices is not None and spec.choices_pattern is not None:
-        raise UserError("Both choices and choices_pattern are given: leave one of them out.")
-    _check_kind(spec)
-    for key, least in (("max_length", 2), ("max_new_tokens", 1)):
-        if getattr(spec, key) < least:
-            raise UserError(f"{key} must be at least {least}, not {getattr(spec, key)}: raise it.")
-    _check_splits(spec.data)
-
-
-def _check_kind(spec: TaskFile) -> None:
-    kind = spec.evaluated_as
-    if (kind == "choice") != spec.has_choices and kind != "loss":
-        raise UserError(
-            f"The kind {kind} and the choices do not fit: give choices to choose from, and to nothing else."
-        )
-    if spec.has_choices and spec.answer is None:
-        raise UserError("The key answer is missing: say which of the choices is right.")
-    if not spec.has_choices and spec.completion is None:
-        raise UserError("The key completion is missing: give the template of what is to be learnt.")
-    fitting = {"choice": (None,), "loss": (None, LOSS)}.get(kind, (None, *METRICS))
-    if spec.metric not in fitting:
-        raise UserError(f"The metric {spec.metric} does not fit the kind {kind}: leave one of them out.")
-
-
-def _check_splits(data: DataSource) -> None:
-    held_out = {"validation": data.validation_fraction, "test": data.test_fraction}
-    if all(getattr(data, split) is None for split in SPLITS):
-        raise UserError("No data are named: give data.train, data.validation or data.test.")
-    for split, fraction in held_out.items():
-        if not 0 <= fraction < 1:
-            raise UserError(f"data.{split}_fraction must be from 0 to below 1, not {fraction}: it is a share of train.")
-        if fraction and getattr(data, split) is not None:
-            raise UserError(f"Both data.{split} and data.{split}_fraction are given: leave one of them out.")
-    if any(held_out.values()) and data.train is None:
-        raise UserError("A fraction of train is to be held out, but data.train is missing: name the file.")
-    if sum(held_out.values()) >= 1:
-        raise UserError("The fractions to be held out leave nothing to train on: their sum must be below 1.")
-
-
-def _read(spec: TaskFile, folder: Path) -> dict[Split, list[Example]]:
-    named = {split: getattr(spec.data, split) for split in SPLITS}
-    splits = {
-        split: _examples(spec, split, read_table(spec.data, name, folder))
-        for split, name in named.items()
-        if name is not None
-    }
-    seen: set[str] = set()
-    for example in (example for examples in splits.values() for example in examples):
-        if example.id in seen:
-            raise UserError(f"The id '{example.id}' occurs twice: ids must be unique over all splits.")
-        seen.add(example.id)
-    if spec.data.validation_fraction or spec.data.test_fraction:
-        data = spec.data
-        splits |= hold_out(splits["train"], data.validation_fraction, data.test_fraction, data.seed)
-    return splits
-
-
-def _split(splits: Mapping[Split, list[Example]], split: Split) -> list[Example]:
-    if split not in splits:
-        raise UserError(
-            f"The task file names no {split} data: add data.{split}"
-            + (f" or data.{split}_fraction." if split != "train" else ".")
-        )
-    return splits[split]
-
-
-def _examples(spec: TaskFile, split: Split, table: Table) -> list[Example]:
-    columns = table.columns
-    written = [*columns, "choice"] if spec.has_choices else columns
-    completion = _template("completion", spec.completion or " {choice}", written)
-    write = _Writer(
-        spec=spec,
-        prompt=_template("prompt", spec.prompt, columns),
-        completion=completion,
-        answer=None if spec.answer is None else _template("answer", spec.answer, columns),
-        split=split,
-        id=None if spec.id is None else _template("id", spec.id, columns),
-        group=_template("group", spec.group, columns),
-        choices=_choice_templates(spec.choices, columns),
-    )
-    found = [write.example(row, number) for number, row in enumerate(table.rows)]
-    examples = [example for example in found if example is not None]
-    if len(examples) < len(found):
-        logger.warning(
-            "%d of %d %s rows have no completion and are left out.", len(found) - len(examples), len(found), split
-        )
-    return examples
+            examples.append(write.example(row, number))
+        except UserError as error:
+            raise UserError(f"Row {number + 1} of {table.source}: {error}") from error
+    whole = [example for example in examples if example is not None]
+    if len(whole) < len(examples):
+        missing, count = len(examples) - len(whole), len(examples)
+        logger.warning("%d of %d rows of %s have no completion and are left out.", missing, count, table.source)
+    return whole
 
 
 def _template(key: str, text: str, columns: Iterable[str]) -> Template:
@@ -273,38 +272,32 @@ def _template(key: str, text: str, columns: Iterable[str]) -> Template:
     return template
 
 
-def _choice_templates(choices: str | list[str] | None, columns: list[str]) -> str | list[Template]:
-    if isinstance(choices, str) and choices not in columns:
-        raise UserError(
-            f"There is no column '{choices}' to take the choices from: the columns are {', '.join(columns)}."
-        )
-    return choices if isinstance(choices, str) else [_template("choices", text, columns) for text in choices or ()]
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Writer:
-    """Turns rows into examples; ``choices`` is a column's name or templates."""
+    """Turns the rows of one split into examples."""
 
-    spec: TaskFile
-    prompt: Template
-    completion: Template
-    answer: Template | None
-    split: Split
-    id: Template | None
-    group: Template
-    choices: str | list[Template]
+    def __init__(self, spec: TaskFile, split: Split, columns: list[str]) -> None:
+        self.spec, self.split = spec, split
+        prompt = {"": spec.prompt} if isinstance(spec.prompt, str) else spec.prompt
+        self.prompt = {key: _template("prompt", text, columns) for key, text in prompt.items() if key != "name"}
+        with_choice = [*columns, "choice"] if spec.has_choices else columns
+        self.completion = _template("completion", spec.completion or " {choice}", with_choice)
+        self.answer = None if spec.answer is None else _template("answer", spec.answer, columns)
+        self.id = None if spec.id is None else _template("id", spec.id, columns)
+        self.group = _template("group", spec.group, columns)
+        if isinstance(spec.choices, str) and spec.choices not in columns:
+            raise UserError(
+                f"There is no column '{spec.choices}' to take the choices from: the columns are {', '.join(columns)}."
+            )
+        listed = spec.choices if isinstance(spec.choices, list) else []
+        self.choices = [_template("choices", text, columns) for text in listed]
 
     def example(self, row: Mapping[str, Any], number: int) -> Example | None:
-        try:
-            return self._example(row, f"{self.split}-{number}" if self.id is None else self.id.render(row))
-        except UserError as error:
-            raise UserError(f"In row {number + 1}: {error}") from error
-
-    def _example(self, row: Mapping[str, Any], name: str) -> Example | None:
-        prompt = self.prompt.render(row)
+        """The example of one row; ``None`` if it has no completion and such rows are to be left out."""
+        parts = {key: part.render(row) for key, part in self.prompt.items()}
+        prompt = PROMPTS[self.spec.prompt_name](**parts) if self.spec.prompt_name else parts[""]
         options = self._options(row, prompt)
         answer = None if self.answer is None else self.answer.render(row).strip()
-        index = _chosen(options, answer or "", self.spec.answer_is) if options is not None else None
+        index = None if options is None else _chosen(options, answer or "", self.spec.answer_is)
         completions = [self.completion.render({**row, "choice": option}) for option in options or ()]
         completion = completions[index] if index is not None else self.completion.render(row)
         if not completion.strip() and self.spec.drop_empty:
@@ -312,7 +305,7 @@ class _Writer:
         if not completion.strip():
             raise UserError("the completion is empty: fill its columns, or set drop_empty to leave such rows out.")
         return Example(
-            id=name,
+            id=f"{self.split}-{number}" if self.id is None else self.id.render(row),
             prompt=prompt,
             completion=completion,
             answer=(options[index] if options and index is not None else self._gold(answer, completion)),
@@ -331,18 +324,21 @@ class _Writer:
 
     def _options(self, row: Mapping[str, Any], prompt: str) -> list[str] | None:
         if self.spec.choices_pattern is not None:
-            found = [match.group(match.re.groups and 1) for match in re.finditer(self.spec.choices_pattern, prompt)]
-        elif isinstance(self.choices, str):
-            if not isinstance(row[self.choices], list):
-                raise UserError(f"the column '{self.choices}' does not hold a list of choices: choose one that does.")
-            found = [str(option) for option in row[self.choices]]
+            listed = [match.group(match.re.groups and 1) for match in re.finditer(self.spec.choices_pattern, prompt)]
+        elif isinstance(self.spec.choices, str):
+            column = row[self.spec.choices]
+            if not isinstance(column, list):
+                raise UserError(
+                    f"the column '{self.spec.choices}' does not hold a list of choices: take one that does."
+                )
+            listed = [str(option) for option in column]
         elif self.choices:
-            found = [template.render(row) for template in self.choices]
+            listed = [template.render(row) for template in self.choices]
         else:
             return None
-        if len(found) < 2:
-            raise UserError(f"there must be at least two choices, not {found}: correct them.")
-        return found
+        if len(listed) < 2:
+            raise UserError(f"there must be at least two choices, not {listed}: correct them.")
+        return listed
 
 
 def _chosen(options: list[str], answer: str, answer_is: AnswerIs) -> int:
