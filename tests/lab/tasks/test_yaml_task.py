@@ -251,7 +251,7 @@ WRONG = [
     ({"answer": "{gold}"}, "answer template names the unknown field 'gold'"),
     ({"id": "same"}, "id 'same' occurs twice"),
     ({"group": "{subject}"}, "group template names the unknown field 'subject'"),
-    ({"extractor": "last_digit"}, r"Unknown extractor 'last_digit': did you mean 'last_number'\?"),
+    ({"extractor": "last_digit"}, "Unknown extractor 'last_digit': choose one of text, first_line"),
     ({"also_extractors": ["nothing"]}, "Unknown also_extractors 'nothing'"),
     ({"answer_extractor": "regex"}, "Unknown answer_extractor 'regex'"),
     ({"answer_extractor": "strict_number"}, r"Row 1 of .*rows\.json: strict_number finds no gold answer"),

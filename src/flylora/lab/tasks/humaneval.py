@@ -42,7 +42,7 @@ def make(data_dir: Path | None, paper: bool) -> Task:
     return Task(
         name=name,
         version=VERSION,
-        description="Python functions, run against tests (HumanEval)" + ", the paper's form" * paper,
+        description="Python functions, run against tests (HumanEval)" + ", paper's form" * paper,
         load=load,
         kind="code",
         prompt="function-instruction-v1" if paper else "code-v1",

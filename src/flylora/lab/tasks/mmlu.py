@@ -46,7 +46,7 @@ def make(data_dir: Path | None, paper: bool) -> Task:
         max_length=128 if paper else 1024,
         name=name,
         version=VERSION,
-        description="Multiple choice over 57 subjects (MMLU)" + ", the paper's form" * paper,
+        description="Multiple choice over 57 subjects (MMLU)" + ", paper's form" * paper,
         load=load,
         sources=("Measuring Massive Multitask Language Understanding (Hendrycks et al., 2021)",),
         licence="MIT",

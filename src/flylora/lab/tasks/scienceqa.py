@@ -41,7 +41,7 @@ def make(data_dir: Path | None, paper: bool) -> Task:
         max_length=256 if paper else 512,
         name="scienceqa:paper" if paper else "scienceqa",
         version=VERSION,
-        description="Multiple choice about school science (ScienceQA)" + ", the paper's form" * paper,
+        description="Multiple choice about school science (ScienceQA)" + ", paper's form" * paper,
         load=load,
         sources=("Learn to Explain: Multimodal Reasoning via Thought Chains (Lu et al., 2022)",),
         licence="CC BY-NC-SA 4.0",
