@@ -58,27 +58,27 @@ def variants(
 def measure(loaded: LoadedModel, adapter: Path, task: str, options: argparse.Namespace) -> dict[str, Any]:
     """Base, adapter, and every variant on the same items of the test split."""
 
-    def losses(folder: Path | None) -> Any:
-        return item_losses(loaded, folder, task, "test", options.items, data_dir=options.data_dir)
+    def losses(of: Path | None) -> Any:
+        return item_losses(loaded, of, task, "test", options.items, data_dir=options.data_dir)
 
     base, routed = losses(None), losses(adapter)
     rows = []
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         rank = max(1, max(map(read_adapter(adapter).rank, read_adapter(adapter).modules)) // 2)
-        for variant in variants(task, options.data_dir, options.other, options.texts, Path(place), rank):
-            started, out = time.process_time(), Path(place) / "export"
+        for variant in variants(task, options.data_dir, options.other, options.texts, Path(folder), rank):
+            started, out = time.process_time(), Path(folder) / "export"
             common = {"adapter": str(adapter), "to": "lora", "out": str(out), "data_dir": options.data_dir}
             config = ExportConfig(**{**common, "gap_texts": options.gap_texts, **variant.settings})
             record = export(config, loaded)
             seconds = time.process_time() - started
-            found = losses(out)
-            kept = retention(base, routed, found)
+            exported = losses(out)
+            kept = retention(base, routed, exported)
             assert record.gap is not None
             row = {
                 "variant": variant.name,
                 "texts": sum(text["texts"] for text in record.texts),
                 "tokens": sum(text["tokens"] for text in record.texts),
-                "loss": found.per_token,
+                "loss": exported.per_token,
                 "kept": kept and kept[0],
                 "kept_stderr": kept and kept[1],
                 "kl": record.gap["kl"],
@@ -142,9 +142,11 @@ def main() -> None:
     options = parser.parse_args()
     loaded = load_model(options.model or str(read_adapter(options.adapter).base_model), options.dtype)
     print(HEADER, flush=True)
-    found = measure(loaded, options.adapter, options.task, options)
-    print(f"base {found['base_loss']:.4f}, adapter {found['routed_loss']:.4f}, {found['answer_tokens']} answer tokens")
-    write_text(options.out, json.dumps(found, indent=2, default=str) + "\n")
+    result = measure(loaded, options.adapter, options.task, options)
+    print(
+        f"base {result['base_loss']:.4f}, adapter {result['routed_loss']:.4f}, {result['answer_tokens']} answer tokens"
+    )
+    write_text(options.out, json.dumps(result, indent=2, default=str) + "\n")
 
 
 if __name__ == "__main__":

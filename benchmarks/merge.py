@@ -95,8 +95,8 @@ def one_merge(adapters: list[str], out: str, method: str, rank: int | None) -> d
 def in_own_process(*words: str) -> dict[str, Any]:
     """Run this file with other arguments and read the JSON on the last line of its output."""
     done = subprocess.run([sys.executable, __file__, *words], check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return figures
 
 
 def beside_peft(out_features: int, in_features: int) -> dict[str, Any]:

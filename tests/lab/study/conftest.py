@@ -12,8 +12,12 @@ import pytest
 import yaml
 from rich.console import Console
 
+from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.study import StudyOptions
+from flylora.lab.study.record import CELL_RECORD, EVAL_RECORD, CellRecord
 from flylora.lab.study.run import run_study
+from flylora.records import write_record
+from lab.study.handmade import ORIGIN
 
 
 def write_task(folder: Path, name: str, letters: str) -> None:
@@ -32,7 +36,7 @@ def write_task(folder: Path, name: str, letters: str) -> None:
 def study_content(model: Path) -> dict[str, Any]:
     return {
         "name": "tiny",
-        "models": {"llama": {"name": str(model), "dtype": "float32", "device": "cpu", "parameters": 30000}},
+        "models": {"llama": {"name": str(model), "dtype": "float32", "device": "cpu"}},
         "methods": {
             "lora": {"method": "lora", "adapter": {"r": 2, "target_modules": ["q_proj", "down_proj"]}, "lr": 0.01},
             "fly": {
@@ -89,3 +93,27 @@ def finished_run(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 def finished(finished_run: Path, tmp_path: Path) -> Path:
     """A copy of it, where ``save`` puts its study."""
     return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def put(tmp_path: Path) -> Callable[..., None]:
+    """Writes the records of a cell."""
+
+    def write(name: str, record: EvalRecord | None = None, result: Any = None, **fields: Any) -> None:
+        folder = tmp_path / "run/cells" / name
+        kind = "eval" if record is not None else "train"
+        cell = CellRecord(
+            status="complete",
+            provenance=ORIGIN,
+            name=name,
+            cell_kind=kind,
+            labels={},
+            result=result or {"trainable_parameters": 1234, "active_parameters": 400, "paper_percent": 0.126},
+            seconds=1800.0,
+            **fields,
+        )
+        write_record(cell, folder / CELL_RECORD)
+        if record is not None:
+            write_record(record, folder / EVAL_RECORD)
+
+    return write

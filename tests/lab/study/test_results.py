@@ -1,9 +1,7 @@
-"""Tables against numbers worked out by hand, from records written by hand."""
+"""Figures against numbers worked out by hand, from records written by hand."""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,64 +9,12 @@ from typing import Any
 
 import pytest
 
-from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.study import Study, load_study
-from flylora.lab.study.record import CELL_RECORD, EVAL_RECORD, CellRecord
 from flylora.lab.study.results import Condition, Figure, Results, collect, item_error, metrics, verdict
 from flylora.lab.study.tables import write_tables
-from flylora.records import Provenance, write_record
+from lab.study.handmade import evaluation
 
 Save = Callable[..., Path]
-ORIGIN = Provenance({}, None, None, {}, {}, "", started="2000-01-01T00:00:00+00:00")
-
-
-def evaluation(losses: list[float], scores: list[float] | None = None, **fields: Any) -> EvalRecord:
-    """A record of items of one and two tokens in turn."""
-    tokens = [1 + i % 2 for i in range(len(losses))]
-    items = [
-        {"id": str(i), "loss": loss, "loss_tokens": n, "score": None if scores is None else scores[i]}
-        for i, (loss, n) in enumerate(zip(losses, tokens, strict=True))
-    ]
-    values: dict[str, Any] = {
-        "status": "complete",
-        "provenance": ORIGIN,
-        "task": {},
-        "split": "test",
-        "dtype": "float32",
-        "adapter_fingerprint": None,
-        "adapter_active": None,
-        "items_scored": len(losses),
-        "accuracy": None if scores is None else sum(scores) / len(scores),
-        "accuracy_stderr": None,
-        "loss": sum(loss * n for loss, n in zip(losses, tokens, strict=True)) / sum(tokens),
-        "loss_tokens": sum(tokens),
-        "items": items,
-    }
-    return EvalRecord(**{**values, **fields})
-
-
-@pytest.fixture
-def put(tmp_path: Path) -> Callable[..., None]:
-    """Writes the records of a cell."""
-
-    def write(name: str, record: EvalRecord | None = None, result: Any = None, **fields: Any) -> None:
-        folder = tmp_path / "run/cells" / name
-        kind = "eval" if record is not None else "train"
-        cell = CellRecord(
-            status="complete",
-            provenance=ORIGIN,
-            name=name,
-            cell_kind=kind,
-            labels={},
-            result=result or {"trainable_parameters": 1234, "active_parameters": 400, "paper_percent": 0.126},
-            seconds=1800.0,
-            **fields,
-        )
-        write_record(cell, folder / CELL_RECORD)
-        if record is not None:
-            write_record(record, folder / EVAL_RECORD)
-
-    return write
 
 
 def collected(study: Study, tmp_path: Path) -> Results:
@@ -238,28 +184,3 @@ def test_metrics_of_code_are_its_rates() -> None:
     assert values == {"loss": 1.0, "pass@1": 25.0, "pass@10": 50.0}
     assert list(values) == ["loss", "pass@1", "pass@10"]
     assert metrics(evaluation([1.0], [0.25], accuracies={"strict": 1.0})) == {"loss": 1.0, "accuracy": 25.0}
-
-
-def test_files_agree_and_tell_what_is_missing(save: Save, put: Callable[..., None], tmp_path: Path) -> None:
-    study = load_study(save(seeds=[0, 1]))
-    for seed in (0, 1):
-        put(f"seed{seed}/{FLY}", evaluation([1.0, 1.0 + seed]))
-        put(f"seed{seed}/{LORA}", evaluation([2.0, 2.0]))
-        put(f"seed{seed}/llama/fly/vowels/train")
-    put("seed0/llama/lora/others/train", error="It was not its day.")
-    results = write_tables(study, tmp_path / "run")
-    body = json.loads((tmp_path / "run/results.json").read_text())
-    rows = list(csv.DictReader((tmp_path / "run/results.csv").read_text().splitlines()))
-    assert body["failed"] == [{"cell": "seed0/llama/lora/others/train", "error": "It was not its day."}]
-    assert body["cells"]["all"] == results.cells == 30
-    assert len(body["missing"]) == 30 - 7
-    figures = [row for row in rows if not row["baseline"]]
-    assert [float(row["mean"]) for row in figures] == [figure["mean"] for figure in body["figures"]]
-    (row,) = (row for row in rows if row["baseline"])
-    (difference,) = body["differences"]
-    assert float(row["interval_low"]) == difference["interval_low"]
-    assert difference["seeds"] == pytest.approx({"0": -1.0, "1": -1 / 3})
-    text = (tmp_path / "run/results.md").read_text()
-    assert "6 of 30 cells are done, 1 failed; 3.0 hours" in text
-    assert "- seed0/llama/lora/others/train: It was not its day." in text
-    assert "| fly | 1,234 | 400 | 0.13 | 2 | 1.333 ± 0.471 |" in text

@@ -51,9 +51,9 @@ def test_the_table_of_the_readme_is_in_the_record(label: str) -> None:
     record = json.loads((RECORDS / "smollm2" / "results.json").read_text(encoding="utf-8"))
 
     def said(merge: str, task: str, metric: str, digits: int) -> str:
-        place = (README_METHODS[label], merge, task, metric)
-        found = [x for x in record["figures"] if (x["method"], x["merge"], x["task"], x["metric"]) == place]
-        return "–" if not found else with_spread(found[0], digits)
+        labels = (README_METHODS[label], merge, task, metric)
+        figures = [x for x in record["figures"] if (x["method"], x["merge"], x["task"], x["metric"]) == labels]
+        return "–" if not figures else with_spread(figures[0], digits)
 
     losses = [said("", task, "loss", 3) for task in ("arc_easy", "gsm8k", "code_alpaca")]
     kept = [said(merge, "", "retention", 2) for merge in ("average", "least_squares", "ties", "ties_half")]

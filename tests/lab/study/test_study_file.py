@@ -130,6 +130,12 @@ def test_the_more_particular_setting_wins(save: Save, content: dict[str, Any]) -
     assert (config.steps, config.epochs) == (None, 2.0)  # the task's epochs replace the study's steps
 
 
+def test_keys_of_older_study_files_are_ignored(save: Save, content: dict[str, Any]) -> None:
+    before = load_study(save())
+    content["models"]["llama"] |= {"parameters": 30000, "throughput": 1e9}
+    assert load_study(save()) == before
+
+
 def test_numbers_with_an_exponent_are_numbers(save: Save) -> None:
     path = save()
     path.write_text(path.read_text().replace("lr: 0.02", "lr: 2e-2"))

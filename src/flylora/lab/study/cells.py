@@ -12,9 +12,9 @@ import logging
 import shutil
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from flylora.lab.evaluation import EvalConfig, evaluate
 from flylora.lab.merging import MergeConfig, merge_adapters
 from flylora.lab.study.plan import Cell
 from flylora.lab.study.record import ADAPTER, CELL_RECORD, EVAL_RECORD, CellRecord, cell_folder, read_cell
-from flylora.lab.tasks import Task, load_task
+from flylora.lab.tasks import load_task
 from flylora.lab.training import TrainConfig, train
 from flylora.lab.training.record import RECORD_NAME, TrainRecord
 from flylora.models import LoadedModel, first_line, load_model, resolve_model
@@ -62,14 +62,14 @@ _FIGURES = {  # of the record that each kind of cell's own command writes
 }
 
 
-@dataclass
 class Cache:
     """What cells run in one process share to save time; it decides no result."""
 
-    _loaded: tuple[tuple[str, str, str], LoadedModel, list[int]] | None = None
-    _tasks: dict[tuple[str, str | None], Task] = field(default_factory=dict)
-    _weights: dict[str, str] = field(default_factory=dict)
-    _hashes: dict[tuple[str, str | None, str], str] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._loaded: tuple[tuple[str, str, str], LoadedModel, list[int]] | None = None
+        self.weights = cache(_weights)
+        self._task = cache(load_task)
+        self._data_hash = cache(lambda name, data_dir, split: self._task(name, data_dir).data_hash(split))
 
     def model(self, name: str, dtype: str, device: str) -> LoadedModel:
         """The base model, loaded unless the last cell left it exactly as it was loaded."""
@@ -88,25 +88,18 @@ class Cache:
         """Forgets the base model: the next cell loads it anew."""
         self._loaded = None
 
-    def weights(self, name: str) -> str:
-        """What stands for a model's weights: the hash of local files, else its name on the hub."""
-        if name not in self._weights:
-            source = resolve_model(name)
-            folder = source.folder
-            files = [] if folder is None else sorted(folder.glob(source.gguf_file or "*.safetensors"))
-            self._weights[name] = file_sha256(*files) if files else source.path_or_hub_name
-        return self._weights[name]
-
     def task(self, name: str, data_dir: str | None, *splits: str) -> dict[str, Any]:
         """What stands for a task in a record: its name, version and hashes of its data."""
-        if (name, data_dir) not in self._tasks:
-            self._tasks[name, data_dir] = load_task(name, data_dir)
-        task = self._tasks[name, data_dir]
-        for split in splits:
-            if (name, data_dir, split) not in self._hashes:
-                self._hashes[name, data_dir, split] = task.data_hash(split)  # type: ignore[arg-type]
-        hashes = {split: self._hashes[name, data_dir, split] for split in splits}
+        task = self._task(name, data_dir)
+        hashes = {split: self._data_hash(name, data_dir, split) for split in splits}
         return {"name": task.name, "version": task.version, "data": hashes}
+
+
+def _weights(name: str) -> str:
+    """What stands for a model's weights: the hash of local files, else its name on the hub."""
+    source = resolve_model(name)
+    files = [] if source.folder is None else sorted(source.folder.glob(source.gguf_file or "*.safetensors"))
+    return file_sha256(*files) if files else source.path_or_hub_name
 
 
 def checksums(loaded: LoadedModel) -> list[int]:
@@ -121,13 +114,13 @@ def checksums(loaded: LoadedModel) -> list[int]:
     return sums
 
 
-def run_cell(cell: Cell, run: Path, cache: Cache | None = None, *, retry_failed: bool = True) -> CellRecord:
+def run_cell(cell: Cell, run: Path, shared: Cache | None = None, *, retry_failed: bool = True) -> CellRecord:
     """Runs one cell, unless its record says that it is done.
 
     Args:
         cell: What to do.
         run: Folder of the run; the cell works in cells/NAME there, and reads what it needs in those of other cells.
-        cache: What to share with other cells of this process.
+        shared: What to share with other cells of this process.
         retry_failed: Whether to try again what failed before and has not changed since.
 
     Returns:
@@ -137,10 +130,10 @@ def run_cell(cell: Cell, run: Path, cache: Cache | None = None, *, retry_failed:
     Raises:
         TrainingInterrupted: On SIGINT or SIGTERM while training, with a checkpoint to go on from.
     """
-    cache = cache or Cache()
+    shared = shared or Cache()
     folder = cell_folder(run, cell.name)
     started, timer = now(), time.monotonic()
-    work = _Work(cell, run, cache)
+    work = _Work(cell, run, shared)
     config, inputs, result = cell.config, {}, {}
     error = because_of = None
     try:
@@ -156,7 +149,7 @@ def run_cell(cell: Cell, run: Path, cache: Cache | None = None, *, retry_failed:
         result = work.run(dict(config))
     except Exception as problem:
         if because_of is None:
-            cache.drop_model()  # an error may leave it changed
+            shared.drop_model()  # an error may leave it changed
         error = str(problem)
         if not isinstance(problem, UserError):
             error = f"It stopped with {type(problem).__name__}: {first_line(problem)} (the traceback is in its folder)."
@@ -193,12 +186,12 @@ class _Work:
     """One cell where it runs."""
 
     cell: Cell
-    folder: Path
-    cache: Cache
+    run_folder: Path
+    shared: Cache
 
     def needed(self) -> list[CellRecord]:
         """The records of the cells that this one needs."""
-        records = [read_cell(self.folder, name) for name in self.cell.needs]
+        records = [read_cell(self.run_folder, name) for name in self.cell.needs]
         for name, record in zip(self.cell.needs, records, strict=True):
             if record is None:
                 raise UserError(f"It needs {name}, which has not run: run that first.")
@@ -216,14 +209,14 @@ class _Work:
     def inputs(self) -> dict[str, Any]:
         """What stands for the weights, data and adapters that the cell reads."""
         config, kind = self.cell.config, self.cell.kind
-        inputs: dict[str, Any] = {} if kind == "choose" else {"model": self.cache.weights(config["model"])}
+        inputs: dict[str, Any] = {} if kind == "choose" else {"model": self.shared.weights(config["model"])}
         if kind == "train":
             splits = ("train", "validation") if config["eval_steps"] else ("train",)
-            inputs["task"] = self.cache.task(config["task"], config["data_dir"], *splits)
+            inputs["task"] = self.shared.task(config["task"], config["data_dir"], *splits)
         elif kind == "eval":
-            inputs["task"] = self.cache.task(config["task"], config["data_dir"], config["split"])
+            inputs["task"] = self.shared.task(config["task"], config["data_dir"], config["split"])
         elif kind == "merge":
-            inputs["texts"] = [self.cache.task(name, config["data_dir"], "train") for name in config["calibrate"]]
+            inputs["texts"] = [self.shared.task(name, config["data_dir"], "train") for name in config["calibrate"]]
         keys = ("loss",) if kind == "choose" else ("adapter_fingerprint", "lr")
         if self.cell.needs:
             inputs["needs"] = [{key: record.result.get(key) for key in keys} for record in self.needed()]
@@ -240,7 +233,7 @@ class _Work:
             return not retry_failed and earlier.config == _as_recorded(_without_folders(config))
         if not same_settings(earlier.config, config, _CONFIGS.get(self.cell.kind)):
             return False
-        folder = cell_folder(self.folder, self.cell.name)
+        folder = cell_folder(self.run_folder, self.cell.name)
         if self.cell.kind in ("train", "merge"):
             with suppress(UserError):
                 return adapter_fingerprint(folder / ADAPTER) == earlier.result["adapter_fingerprint"]
@@ -249,20 +242,15 @@ class _Work:
 
     def run(self, config: dict[str, Any]) -> dict[str, Any]:
         """Does the work and returns its figures."""
-        runs: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-            "train": self._train,
-            "choose": self._choose,
-            "eval": self._eval,
-            "merge": self._merge,
-        }
-        return runs[self.cell.kind](config)
+        run = {"train": self._train, "choose": self._choose, "eval": self._eval, "merge": self._merge}[self.cell.kind]
+        return run(config)
 
     def _loaded(self, config: dict[str, Any]) -> LoadedModel:
-        return self.cache.model(config["model"], config["dtype"], config["device"])
+        return self.shared.model(config["model"], config["dtype"], config["device"])
 
     @property
     def _adapter(self) -> Path:
-        return cell_folder(self.folder, self.cell.name) / ADAPTER
+        return cell_folder(self.run_folder, self.cell.name) / ADAPTER
 
     def _figures(self, record: Record) -> dict[str, Any]:
         return {name: getattr(record, name) for name in _FIGURES[self.cell.kind]}
@@ -285,14 +273,14 @@ class _Work:
         return {"lr": min(finite, key=finite.__getitem__), "tried": tried}
 
     def _eval(self, config: dict[str, Any]) -> dict[str, Any]:
-        adapter = str(cell_folder(self.folder, self.cell.needs[0]) / ADAPTER) if self.cell.needs else None
-        out = str(cell_folder(self.folder, self.cell.name) / EVAL_RECORD)
+        adapter = str(cell_folder(self.run_folder, self.cell.needs[0]) / ADAPTER) if self.cell.needs else None
+        out = str(cell_folder(self.run_folder, self.cell.name) / EVAL_RECORD)
         asked = EvalConfig(**{**config, "adapter": adapter, "out": out, "overwrite": True})
         done = evaluate(asked, self._loaded(config))
         return {**self._figures(done), "items": done.items_scored, "model_sha256": done.provenance.model_sha256}
 
     def _merge(self, config: dict[str, Any]) -> dict[str, Any]:
-        adapters = [str(cell_folder(self.folder, name) / ADAPTER) for name in self.cell.needs]
+        adapters = [str(cell_folder(self.run_folder, name) / ADAPTER) for name in self.cell.needs]
         asked = MergeConfig(**{**config, "adapters": adapters, "out": str(self._adapter), "overwrite": True})
         done = merge_adapters(asked, self._loaded(config) if asked.calibrate else None)
         return {**self._figures(done), "adapter_fingerprint": adapter_fingerprint(self._adapter)}

@@ -21,7 +21,7 @@ from flylora.errors import UserError
 from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.evaluation.retention import losses_of_items, retention
 from flylora.lab.study.config import PaperFigures, Study
-from flylora.lab.study.plan import Cell, plan
+from flylora.lab.study.plan import plan
 from flylora.lab.study.record import EVAL_RECORD, CellRecord, cell_folder, read_cell
 from flylora.records import read_record
 
@@ -118,40 +118,31 @@ def collect(study: Study, folder: Path) -> Results:
         record = read_cell(folder, cell.name)
         if record is None:
             results.missing.append(cell.name)
-        elif not record.done:
+            continue
+        if not record.done:
             results.failed.append(record)
-        else:
-            _add(results, measured, cell, record, folder)
+            continue
+        results.seconds += record.seconds
+        model, method, merge = cell.model or "", cell.method or "", cell.merge or ""
+        if cell.kind == "choose":
+            results.rates[model, method] = record.result
+        elif cell.kind == "train":
+            results.parameters[model, method] = {name: record.result.get(name) for name in COUNTS}
+        elif cell.kind == "merge":
+            results.routed[model, method, merge] = record.result["routed"]
+        elif not cell.trial:
+            try:
+                evaluation = read_record(cell_folder(folder, cell.name) / EVAL_RECORD, EvalRecord)
+            except UserError:
+                results.missing.append(cell.name)
+                continue
+            condition = Condition(model, method, merge, cell.task or "", cell.evaluation or "")
+            measured[condition][BASE_SEED if cell.seed is None else cell.seed] = evaluation
+            results.notes += [f"{cell.name}: {note}" for note in evaluation.notes]
     figures = [*_measured_figures(measured), *_merge_figures(measured)]
     results.figures = [dataclasses.replace(figure, paper=_paper(study, figure)) for figure in figures]
     results.differences = list(_differences(study, results.figures, measured))
     return results
-
-
-def _add(
-    results: Results,
-    measured: dict[Condition, dict[int, EvalRecord]],
-    cell: Cell,
-    record: CellRecord,
-    folder: Path,
-) -> None:
-    results.seconds += record.seconds
-    model, method, merge = cell.model or "", cell.method or "", cell.merge or ""
-    if cell.kind == "choose":
-        results.rates[model, method] = record.result
-    elif cell.kind == "train":
-        results.parameters[model, method] = {name: record.result.get(name) for name in COUNTS}
-    elif cell.kind == "merge":
-        results.routed[model, method, merge] = record.result["routed"]
-    elif not cell.trial:
-        try:
-            evaluation = read_record(cell_folder(folder, cell.name) / EVAL_RECORD, EvalRecord)
-        except UserError:
-            results.missing.append(cell.name)
-            return
-        condition = Condition(model, method, merge, cell.task or "", cell.evaluation or "")
-        measured[condition][BASE_SEED if cell.seed is None else cell.seed] = evaluation
-        results.notes += [f"{cell.name}: {note}" for note in evaluation.notes]
 
 
 def metrics(record: EvalRecord) -> dict[str, float]:
