@@ -96,7 +96,7 @@ def main() -> None:
             "python": process("-c", "pass"),
             "import peft": process("-c", "import peft"),
             "import peft, flylora": process("-c", "import peft, flylora"),
-            "flylora --help": process("-c", "import sys; from flylora.cli import main; main(['--help'])"),
+            "flylora --help": process("-c", "import sys; from flylora_cli import main; main(['--help'])"),
         },
         options.repetitions + 2,
         "cpu",

@@ -1,40 +1,67 @@
-"""The command line: options, recipes, exit codes. What the commands do is tested with them and end to end."""
+"""The command line: options, recipes, help, exit codes. What the commands do is tested with them and end to end."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import docstring_parser
 import pytest
 
 import flylora
-from flylora import cli
-from flylora.cli import COMMANDS, main, parse
+import flylora_cli
+from flylora.cli import COMMANDS, Command
 from flylora.errors import UserError
 from flylora.lab.evaluation import EvalConfig
+from flylora.lab.merging import MergeConfig
 from flylora.lab.training import TrainConfig
 from flylora.lab.training.interrupt import TrainingInterrupted
+from flylora_cli import main
 
 TRAIN = ["train", "--model", "m", "--task", "t", "--out", "o"]
 
 
-def config(*argv: str) -> Any:
-    return parse(argv)[1]
+def replaced(name: str, call: Callable[..., Any]) -> Command:
+    """The command with another function behind it."""
+    command = COMMANDS[name]
+
+    @functools.wraps(command.call)
+    def instead(**given: Any) -> Any:
+        return call(**given)
+
+    return dataclasses.replace(command, call=instead, show=lambda result: None)
 
 
-def test_options_become_the_commands_config() -> None:
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """The options that a command line gives."""
+
+    def parse(*argv: str) -> Any:
+        made: list[Any] = []
+        name = argv[0]
+        monkeypatch.setitem(
+            COMMANDS, name, replaced(name, lambda **given: made.append(COMMANDS[name].options(**given)))
+        )
+        assert main(argv) == 0, capsys.readouterr().err
+        return made[0]
+
+    return parse
+
+
+def test_options_become_the_commands_config(config: Callable[..., Any]) -> None:
     assert config(*TRAIN) == TrainConfig(model="m", task="t", out="o")
     assert config("eval", "--model", "m", "--task=t") == EvalConfig(model="m", task="t")
 
 
-def test_dashes_and_underscores_are_the_same() -> None:
+def test_dashes_and_underscores_are_the_same(config: Callable[..., Any]) -> None:
     assert config(*TRAIN, "--max-length", "7").max_length == config(*TRAIN, "--max_length=7").max_length == 7
     assert config("train", "--model=a-b", "--task", "t", "--out", "o-p").model == "a-b"
 
@@ -44,99 +71,142 @@ def test_dashes_and_underscores_are_the_same() -> None:
     [
         ([], False),
         (["--resume"], True),
-        (["--resume", "true"], True),
+        (["--resume=true"], True),
         (["--resume=false"], False),
-        (["--resume", "false"], False),
+        (["--no-resume"], False),
     ],
 )
-def test_switches_need_no_value(words: list[str], expected: bool) -> None:
+def test_switches_need_no_value(words: list[str], expected: bool, config: Callable[..., Any]) -> None:
     assert config(*TRAIN, *words, "--lr", "1e-4").resume is expected
 
 
-def test_a_switch_may_stand_last_or_before_another_option() -> None:
+def test_a_switch_may_stand_last_or_before_another_option(config: Callable[..., Any]) -> None:
     assert config(*TRAIN, "--chat-template", "--steps", "3").chat_template is True
     assert config(*TRAIN, "--steps", "3", "--chat-template").chat_template is True
-    assert config(*TRAIN, "--chat-template=null").chat_template is None
+    assert config(*TRAIN, "--no-chat-template").chat_template is False
+    assert config(*TRAIN).chat_template is None
 
 
-def test_method_options_keep_their_types() -> None:
+def test_lists_take_all_words_up_to_the_next_option(config: Callable[..., Any]) -> None:
+    made = config("merge", "a", "b", "--evaluate", "x", "y", "--weights", "1", "-0.5", "--out", "o")
+    assert made == MergeConfig(adapters=["a", "b"], evaluate=["x", "y"], weights=[1.0, -0.5], out="o")
+    assert config("merge", "--out", "o", "a", "b") == MergeConfig(adapters=["a", "b"], out="o")
+
+
+def test_method_options_keep_their_types(config: Callable[..., Any]) -> None:
     words = ["--adapter.r", "16", "--adapter.density", "0.5", "--adapter.target_modules", "[q_proj, v_proj]"]
-    options = config(*TRAIN, *words, "--adapter.save-projection", "true").adapter
-    assert options == {"r": 16, "density": 0.5, "target_modules": ["q_proj", "v_proj"], "save_projection": True}
+    options = config(*TRAIN, *words, "--adapter.save-projection", "true", "--adapter.init=a: b: c").adapter
+    assert options == {
+        "r": 16,
+        "density": 0.5,
+        "target_modules": ["q_proj", "v_proj"],
+        "save_projection": True,
+        "init": "a: b: c",
+    }
 
 
-def test_a_recipe_gives_options_and_the_command_line_wins(tmp_path: Path) -> None:
+def test_a_recipe_gives_options_and_the_command_line_wins(tmp_path: Path, config: Callable[..., Any]) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: m\ntask: t\nout: o\nlr: 1e-4\nadapter: {r: 16, k: 2}\nreport_to: [tensorboard]\n")
-    found = config("train", "--config", str(recipe), "--adapter.k", "4", "--steps", "9")
-    assert found == TrainConfig(
+    made = config("train", "--config", str(recipe), "--adapter.k", "4", "--steps", "9")
+    assert made == TrainConfig(
         model="m", task="t", out="o", lr=1e-4, adapter={"r": 16, "k": 4}, report_to=["tensorboard"], steps=9
     )
 
 
-@pytest.mark.parametrize("command", [name for name, c in COMMANDS.items() if c.positional is None])
-def test_every_option_can_come_from_a_recipe(command: str, tmp_path: Path) -> None:
-    cls = COMMANDS[command].config
-    required = {"model": "m", "task": "t", "out": "o"}
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_can_come_from_a_recipe(command: str, tmp_path: Path, config: Callable[..., Any]) -> None:
+    cls = COMMANDS[command].options
+    required = {"model": "m", "task": "t", "out": "o.safetensors", "adapters": ["a"], "adapter": "a", "to": "lora"}
+    required["study"] = "s.yaml"
     values = {
-        f.name: required.get(f.name, f.default)
+        f.name: f.default if f.default is not dataclasses.MISSING else required[f.name]
         for f in dataclasses.fields(cls)
-        if f.default is not dataclasses.MISSING or f.name in required
-    }
+        if f.default is not dataclasses.MISSING or (f.name in required and f.default_factory is dataclasses.MISSING)
+    } | ({"task": "t"} if command == "eval" else {})
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "".join(
             f"{k}: {'null' if v is None else str(v).lower() if isinstance(v, bool) else v}\n" for k, v in values.items()
         )
+        or "{}"
     )
     assert config(command, "--config", str(recipe)) == cls(**values)
 
 
-def test_help_describes_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    for name, command in COMMANDS.items():
-        with pytest.raises(SystemExit) as stop:
-            main([name, "--help"])
-        assert stop.value.code == 0
-        shown = capsys.readouterr().out
-        described = {parameter.arg_name for parameter in docstring_parser.parse(command.config.__doc__).params}
-        for field in dataclasses.fields(command.config):
-            assert field.name in described
-            assert f"--{field.name} " in shown or field.name == command.positional
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_describes_every_option_in_80_columns(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert f"flylora {name}" in shown.partition("Examples:")[2]
+    assert "Literal" not in shown
+    assert "…" not in shown
+    for field in dataclasses.fields(COMMANDS[name].options):
+        option = field.name.upper() if field.name == COMMANDS[name].positional else f"--{field.name}"
+        assert re.search(rf"{option.replace('_', '-')}\b", shown), field.name
 
 
-def test_help_loads_nothing_heavy() -> None:
+def test_help_shows_defaults_and_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "--help"])
+    shown = " ".join(re.sub("│", " ", capsys.readouterr().out).split())
+    assert "[default: flylora]" in shown
+    assert "(required)" in shown
+    assert "[choices: auto, float32, bfloat16, float16] [default: auto]" in shown
+
+
+def test_help_without_a_command_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    main(["--help"])
+    assert capsys.readouterr().out == shown
+    assert list(flylora_cli.COMMANDS) == list(COMMANDS)
+    for name, summary in flylora_cli.COMMANDS.items():
+        assert f"{name} " in shown
+        assert summary in shown
+
+
+def test_help_loads_nothing_heavy_and_is_quick() -> None:
     code = (
-        "import sys\nfrom flylora.cli import main\n"
-        "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
-        "print([m for m in ('torch', 'transformers', 'peft', 'trl', 'datasets', 'numpy') if m in sys.modules])"
+        "import sys\nfrom flylora_cli import main\nmain(sys.argv[1:])\n"
+        "print([m for m in ('flylora', 'torch', 'transformers', 'peft', 'numpy') if m in sys.modules])"
     )
-    for words in (["--help"], ["train", "--help"], ["eval", "--nonsense"]):
+    for words in (["--help"], [], ["--version"], ["trian"]):
+        before = time.process_time(), os.times()
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+        after = os.times()
         assert done.stdout.splitlines()[-1] == "[]", words
+        used = after.children_user + after.children_system - before[1].children_user - before[1].children_system
+        assert used < 1.0, words  # half a second on a quiet machine
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["--version"])
-    assert stop.value.code == 0
-    assert flylora.__version__ in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{flylora.__version__}\n"
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "train"),
-        (["fly"], "'fly'"),
-        (["train", "--model", "m"], "--task"),
+        (["fly"], "Unknown command 'fly': choose one of train, eval,"),
+        (["trian"], "Unknown command 'trian': did you mean train?"),
+        (["train", "--model", "m"], "--task and --out are missing"),
         ([*TRAIN, "--nonsense", "1"], "--nonsense"),
-        ([*TRAIN, "--lr", "fast"], "fast"),
+        ([*TRAIN, "--max-lenght", "1"], "Did you mean --max-length?"),
+        ([*TRAIN, "--lr", "fast"], 'Invalid value for --lr: unable to convert "fast" into float.'),
         ([*TRAIN, "--schedule", "steep"], "--schedule"),
+        ([*TRAIN, "--dtype", "float23"], "float32"),
         ([*TRAIN, "--adapter", "3"], "--adapter"),
         ([*TRAIN, "--steps", "0"], "steps must be above 0"),
         ([*TRAIN, "--config", "none.yaml"], "none.yaml"),
-        (["inspect"], "adapter"),
+        (["inspect"], "adapter is missing, as in: flylora inspect capitals"),
         (["inspect", "/no/such/adapter"], "/no/such/adapter"),
+        (["inspect", "a", "b"], "b"),
         (["preview", "--model", "/no/such", "--task", "capitals"], "There is no model"),
+        (["preview", "--model", "m", "--task", "capitals", "--n", "0"], "n must be at least 1, not 0."),
         (["eval", "--model", "m", "--task", "nothing"], "Unknown task 'nothing'"),
     ],
 )
@@ -153,15 +223,28 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("text", ["lr: fast\n", "speed: 3\n", "lr: [\n", "- lr\n"])
-def test_a_bad_recipe_is_one_sentence(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lr: fast\n", "lr"),
+        ("speed: 3\n", "Unknown key 'speed'"),
+        ("reusme: true\n", "did you mean 'resume'?"),
+        ("lr: [\n", "is not valid YAML"),
+        ("- lr\n", "must be keys with values"),
+        ("", "must be keys with values"),
+    ],
+)
+def test_a_bad_recipe_is_one_sentence(text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
     assert main([*TRAIN, "--config", str(tmp_path / "recipe.yaml")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "recipe.yaml" in error
+    assert said in error
 
 
-def raising(error: BaseException) -> Callable[[Any], None]:
-    def run(config: Any) -> None:
+def raising(error: BaseException) -> Callable[..., None]:
+    def run(**given: Any) -> None:
         raise error
 
     return run
@@ -178,15 +261,24 @@ def raising(error: BaseException) -> Callable[[Any], None]:
 def test_errors_become_exit_codes(
     error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = dataclasses.replace(COMMANDS["train"], run=raising(error))
-    monkeypatch.setitem(cli.COMMANDS, "train", command)
+    monkeypatch.setitem(COMMANDS, "train", replaced("train", raising(error)))
     assert main(TRAIN) == code
     assert capsys.readouterr().err == said
 
 
+def test_what_a_command_shows_may_give_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        COMMANDS, "study", dataclasses.replace(replaced("study", lambda **given: 0), show=lambda result: 1)
+    )
+    assert main(["study", "s.yaml"]) == 1
+
+
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cli.COMMANDS, "train", dataclasses.replace(COMMANDS["train"], run=raising(ZeroDivisionError())))
+    monkeypatch.setitem(COMMANDS, "train", replaced("train", raising(ZeroDivisionError())))
     with pytest.raises(ZeroDivisionError):
+        main(TRAIN)
+    monkeypatch.setitem(COMMANDS, "train", replaced("train", raising(ModuleNotFoundError("no", name="nobody"))))
+    with pytest.raises(ModuleNotFoundError):
         main(TRAIN)
 
 
@@ -198,12 +290,48 @@ def test_preview_shows_examples(tiny_model_dir: Path, capsys: pytest.CaptureFixt
     assert "Answer:" in capsys.readouterr().out
 
 
+def test_tasks_and_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tasks"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("capitals", "arithmetic", "gsm8k", "mmlu"))
+    assert main(["methods"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("flylora", "dora", "least_squares", "knots"))
+
+
+_WITHOUT = """
+import os, sys
+sys.modules |= dict.fromkeys(("trl", "datasets", "pandas", "scipy", "matplotlib"))
+from flylora_cli import main
+environment = dict(os.environ)
+print(main(["tasks"]))
+print(main(["inspect", "/no/such/adapter"]))
+print(main(["train", "--model", "m", "--task", "t", "--out", "o"]))
+print(dict(os.environ) == environment)
+"""
+
+
+def test_a_missing_extra_is_named_and_libraries_are_quiet(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT], capture_output=True, text=True, check=True, cwd=tmp_path, timeout=300
+    )
+    codes = [line for line in done.stdout.splitlines() if line in ("0", "2", "True", "False")]
+    assert codes == ["0", "2", "2", "True"]
+    errors = done.stderr.splitlines()
+    assert len(errors) == 2, errors
+    assert "/no/such/adapter" in errors[0]
+    assert re.fullmatch(
+        r"flylora: This needs the package (trl|datasets), which is not installed: pip install 'flylora\[lab\]'\.",
+        errors[1],
+    )
+
+
 def test_termination_cleans_up_as_an_interruption_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     partial = tmp_path / "partial"
 
-    def run(config: Any) -> None:
+    def run(**given: Any) -> None:
         partial.mkdir()
         try:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -211,9 +339,13 @@ def test_termination_cleans_up_as_an_interruption_does(
         finally:
             partial.rmdir()
 
-    monkeypatch.setitem(COMMANDS, "inspect", dataclasses.replace(COMMANDS["inspect"], run=run))
+    monkeypatch.setitem(COMMANDS, "inspect", replaced("inspect", run))
     before = signal.getsignal(signal.SIGTERM)
     assert main(["inspect", str(tmp_path)]) == 130
     assert not partial.exists()
     assert signal.getsignal(signal.SIGTERM) is before
     assert capsys.readouterr().err == "flylora: Interrupted.\n"
+
+
+def test_of_an_option_that_is_given_twice_the_last_counts(config: Callable[..., Any]) -> None:
+    assert config(*TRAIN, "--steps", "3", "--steps", "4", "--no-resume", "--resume").steps == 4

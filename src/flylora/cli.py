@@ -1,188 +1,258 @@
-"""The command line: parses, calls one function, shows what it returned.
+"""The commands: each takes its options, calls one public function with them and shows what it returned.
 
-Options come from the typed config of each command, on the command line or from a YAML file given with --config. Only
-what a command needs is imported, and only when it runs, so that help appears at once.
+``flylora_cli.py`` outside the package is the entry of the console script. A command's options are the keywords of its
+public call, on the command line or in a YAML file given with --config.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import re
+import inspect
 import signal
 import sys
 import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser
+import docstring_parser
+import yaml
+from cyclopts import App, Group, Parameter
+from transformers.utils import logging as transformers_logging
 
-from flylora import __version__
-from flylora.errors import UserError
-from flylora.lab.evaluation.config import EvalConfig
-from flylora.lab.examples import PreviewOptions
-from flylora.lab.exporting.config import ExportConfig
-from flylora.lab.merging.config import CalibrateConfig, MergeConfig
-from flylora.lab.study.config import DemoOptions, StudyOptions
-from flylora.lab.training.config import TrainConfig
+from flylora import lab
+from flylora.errors import UserError, naming_extras
+from flylora.lab import show
+from flylora.lab.study.config import StudyOptions
 from flylora.lab.training.interrupt import TrainingInterrupted
+from flylora.options import from_mapping, parse_yaml, public_call, read_yaml
+from flylora_cli import COMMANDS as SUMMARIES
+from flylora_cli import EXIT_USER_ERROR
+
+if TYPE_CHECKING:
+    from flylora.lab.study.run import StudyResult
+    from flylora.lab.study.workload import StudyPlan
 
 EXIT_CELLS_FAILED = 1
-EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
-class InspectConfig:
-    """What to inspect.
+class Command:
+    """One command.
 
-    Args:
-        adapter: Folder of a saved FlyLoRA adapter.
+    Attributes:
+        call: The public call that it is, made by [`flylora.options.public_call`].
+        show: Shows what the call returned; gives the exit code, 0 for none.
+        examples: For the help.
+        positional: The option that is given without a name.
     """
 
-    adapter: str
+    call: Callable[..., Any]
+    show: Callable[[Any], int | None]
+    examples: tuple[str, ...]
+    positional: str | None = None
+
+    @property
+    def options(self) -> Any:
+        """The class of its options."""
+        return self.call.options  # type: ignore[attr-defined]
 
 
-def _train(config: TrainConfig) -> None:
-    from flylora.lab.show import show_training
-    from flylora.lab.training import train
-
-    show_training(train(config))
+@public_call(StudyOptions)
+def _study(options: StudyOptions) -> StudyPlan | StudyResult:
+    return lab.plan_study(**vars(options)) if options.plan else lab.study(**vars(options))
 
 
-def _eval(config: EvalConfig) -> None:
-    if config.lm_eval is not None:
-        from flylora.lab.evaluation import evaluate_with_harness
-        from flylora.lab.evaluation.show import show_harness
-
-        show_harness(evaluate_with_harness(config))
-        return
-    from flylora.lab.evaluation import evaluate
-    from flylora.lab.show import show_evaluation
-
-    show_evaluation(evaluate(config))
-
-
-def _export(config: ExportConfig) -> None:
-    from flylora.lab.exporting.run import export
-    from flylora.lab.exporting.show import show_export
-
-    show_export(export(config))
-
-
-def _merge(config: MergeConfig) -> None:
-    from flylora.lab.merging import merge_adapters
-    from flylora.lab.merging.show import show_merge
-
-    show_merge(merge_adapters(config))
-
-
-def _calibrate(config: CalibrateConfig) -> None:
-    from flylora.lab.merging import calibrate_adapters
-    from flylora.lab.merging.show import show_calibration
-
-    show_calibration(calibrate_adapters(config), config)
-
-
-def _study(options: StudyOptions) -> int:
-    from flylora.lab.study.run import run_study
+def _show_study(result: StudyPlan | StudyResult) -> int:
     from flylora.lab.study.show import show_plan, show_study
-    from flylora.lab.study.workload import plan_study
+    from flylora.lab.study.workload import StudyPlan
 
-    if options.plan:
-        show_plan(plan_study(options))
+    if isinstance(result, StudyPlan):
+        show_plan(result)
         return 0
-    result = run_study(options)
     show_study(result)
     return EXIT_CELLS_FAILED if result.failed else 0
-
-
-def _demo(options: DemoOptions) -> int:
-    from flylora.lab.demo import run_demo
-    from flylora.lab.study.show import show_study
-
-    result = run_demo(options)
-    show_study(result)
-    return EXIT_CELLS_FAILED if result.failed else 0
-
-
-def _preview(config: PreviewOptions) -> None:
-    from rich import print as show
-
-    from flylora.lab.examples import preview
-    from flylora.lab.show import preview_panels
-
-    show(preview_panels(preview(config)))
-
-
-def _inspect(config: InspectConfig) -> None:
-    from rich import print as show
-
-    from flylora.inspection import inspect_adapter, render
-
-    show(render(inspect_adapter(config.adapter)))
-
-
-@dataclass(frozen=True)
-class _Command:
-    """One subcommand: its config class, the function that takes such a config, and a line of help."""
-
-    config: type[Any]
-    run: Callable[[Any], int | None]  # gives the exit code, 0 for none
-    help: str
-    positional: str | None = None  # its only field, if it is given without a name
-    many: bool = False  # whether the positional field takes several values
-    positional_help: str = "folder of a saved adapter"
 
 
 COMMANDS = {
-    "train": _Command(TrainConfig, _train, "train an adapter on a task"),
-    "eval": _Command(EvalConfig, _eval, "evaluate a model, with or without an adapter, on a task"),
-    "export": _Command(ExportConfig, _export, "write an adapter as a plain LoRA or as full weights", "adapter"),
-    "merge": _Command(MergeConfig, _merge, "merge adapters into one", "adapters", many=True),
-    "calibrate": _Command(
-        CalibrateConfig, _calibrate, "gather what a least squares merge needs of a task", "adapters", many=True
+    "train": Command(
+        lab.train,
+        show.show_training,
+        (
+            "flylora train --model smollm2-135m --task capitals --out capitals",
+            "flylora train --config recipe.yaml --task my_task.yaml --adapter.r 16",
+        ),
     ),
-    "study": _Command(
-        StudyOptions,
+    "eval": Command(
+        lab.evaluate,
+        show.show_evaluation,
+        ("flylora eval --model smollm2-135m --task capitals --adapter capitals",),
+    ),
+    "merge": Command(
+        lab.merge,
+        show.show_merge,
+        (
+            "flylora merge capitals elements --out both --evaluate capitals elements",
+            "flylora merge capitals elements --out both --method ties --density 0.3",
+        ),
+        "adapters",
+    ),
+    "calibrate": Command(
+        lab.calibrate,
+        show.show_calibration,
+        ("flylora calibrate capitals elements --task capitals --out a.safetensors",),
+        "adapters",
+    ),
+    "export": Command(
+        lab.export,
+        show.show_export,
+        (
+            "flylora export capitals --to lora --out plain --calibrate capitals",
+            "flylora export capitals --to full --out model --calibrate texts.txt",
+        ),
+        "adapter",
+    ),
+    "inspect": Command(lab.inspect, show.show_inspection, ("flylora inspect capitals",), "adapter"),
+    "preview": Command(lab.preview, show.show_preview, ("flylora preview --model smollm2-135m --task capitals --n 5",)),
+    "study": Command(
         _study,
-        "run a grid of models, methods, tasks and seeds, with merges, or plan it",
+        _show_study,
+        ("flylora study configs/smollm2.yaml --plan", "flylora study configs/smollm2.yaml"),
         "study",
-        positional_help="the study's YAML file",
     ),
-    "demo": _Command(DemoOptions, _demo, "train, evaluate and merge adapters on SmolLM2-135M, in about five minutes"),
-    "preview": _Command(PreviewOptions, _preview, "print examples of a task with the trained tokens coloured"),
-    "inspect": _Command(InspectConfig, _inspect, "show what a saved adapter is", positional="adapter"),
+    "demo": Command(lab.run_demo, _show_study, ("flylora demo --out demo",)),
+    "tasks": Command(lab.list_tasks, show.show_tasks, ("flylora tasks",)),
+    "methods": Command(lab.list_methods, show.show_methods, ("flylora methods",)),
 }
 
+# --- from a command to its function on the command line --------------------------------------------------------------
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+_GENERAL = Group("General options", sort_key=1)
+_CONFIG: Any = Annotated[
+    str | None,
+    Parameter(help="YAML file with any of these options; the command line wins.", group=_GENERAL),
+]
+_VERBOSE: Any = Annotated[
+    bool, Parameter(negative="", help="Also print what libraries say, and their bars.", group=_GENERAL)
+]
 
-    Returns:
-        0 for success, 1 if cells of a study failed, 2 for bad input (one sentence on stderr), 130 after an
-        interruption.
-    """
+
+def make_command(name: str) -> App:
+    """A command of the command line: its options are those of its public call."""
+    command = COMMANDS[name]
+    app = App(
+        name=name,
+        help=SUMMARIES[name],
+        help_epilogue="\n  ".join(("Examples:", *command.examples)),
+        result_action="return_value",
+    )
+    app.default(_function(name))
+    return app
+
+
+def _function(name: str) -> Callable[..., int]:
+    """A function whose signature the parser reads. No option is required there, because --config may give it."""
+    command = COMMANDS[name]
+    hints = get_type_hints(command.options)  # without limits such as at least 1, which the options check
+    help_texts = {p.arg_name: p.description for p in docstring_parser.parse(command.options.__doc__).params}
+    parameters = []
+    for field in dataclasses.fields(command.options):
+        positional = field.name == command.positional
+        default, text = _default(field), " ".join((help_texts[field.name] or "").replace("``", "").split())
+        if default is inspect.Parameter.empty:
+            default, text = None, f"{text} (required)"
+        shown = Parameter(help=text, show_default=bool(default) or type(default) in (int, float))
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
+        annotation: Any = Annotated[_on_the_command_line(hints[field.name]) | None, shown]
+        parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=annotation))
+    for general, (kind_of, absent) in {"config": (_CONFIG, None), "verbose": (_VERBOSE, False)}.items():
+        parameters.append(
+            inspect.Parameter(general, inspect.Parameter.KEYWORD_ONLY, default=absent, annotation=kind_of)
+        )
+    parameters.sort(key=lambda parameter: parameter.kind)
+
+    def run(*words: Any, config: str | None = None, verbose: bool = False, **given: Any) -> int:
+        if words and command.positional is not None:
+            given[command.positional] = words[0]
+        return _run(COMMANDS[name], given, config, verbose)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+
+
+def _on_the_command_line(hint: Any) -> Any:
+    """A type as the parser takes it: any value of a mapping is read as YAML."""
+    return dict[str, str] if get_origin(hint) is dict else hint
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def _run(command: Command, given: dict[str, Any], config: str | None, verbose: bool) -> int:
+    """Calls and shows; the exit code."""
     try:
-        with warnings.catch_warnings():
-            # Libraries announce to one another what they will rename; whoever runs a command can do nothing about it.
-            warnings.simplefilter("ignore", FutureWarning)
-            command, config = parse(sys.argv[1:] if argv is None else argv)
-            with _terminated_like_interrupted():
-                return command.run(config) or 0
-    except (UserError, argparse.ArgumentError) as error:
-        print(f"flylora: {_one_sentence(error)}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except TrainingInterrupted as stop:
-        print(f"flylora: {stop}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        with _quiet(not verbose), _terminated_like_interrupted(), naming_extras():
+            return command.show(command.call(**_merged(command, given, config))) or 0
+    except (UserError, TrainingInterrupted) as error:
+        print(f"flylora: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_INTERRUPTED
     except KeyboardInterrupt:
         print("flylora: Interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _merged(command: Command, given: dict[str, Any], config: str | None) -> dict[str, Any]:
+    """The options of a recipe with those of the command line over them.
+
+    Raises:
+        UserError: One that has no default is in neither, or a value does not fit.
+    """
+    recipe = from_mapping(dict[str, Any], read_yaml(config), config) if config is not None else {}
+    values = dict(recipe)
+    for name, value in given.items():
+        if isinstance(value, dict):
+            value = {**(recipe.get(name) or {}), **{k.replace("-", "_"): _value(v) for k, v in value.items()}}
+        values[name] = value
+    missing = [
+        field.name if field.name == command.positional else f"--{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(command.options)
+        if _default(field) is inspect.Parameter.empty and field.name not in values
+    ]
+    if missing and set(values) <= {field.name for field in dataclasses.fields(command.options)}:
+        raise UserError(
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing, as in: {command.examples[0]}"
+        )
+    checked = from_mapping(command.options, values, config or "")
+    return {name: getattr(checked, name) for name in values}
+
+
+def _value(text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError:
+        return text
+
+
+@contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """Without the bars with which transformers loads weights."""
+    if not quiet or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
 
 
 @contextmanager
@@ -198,72 +268,5 @@ def _terminated_like_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def parse(argv: Sequence[str]) -> tuple[_Command, Any]:
-    """The command that the arguments ask for, and its config.
-
-    Raises:
-        argparse.ArgumentError: The arguments are not what the command takes.
-        UserError: They are, but their values cannot be meant.
-    """
-    parser = ArgumentParser(
-        prog="flylora",
-        description="FlyLoRA adapters: train, evaluate and inspect them on one's own tasks.",
-        version=__version__,
-        exit_on_error=False,
-    )
-    subcommands = parser.add_subcommands(required=True, dest="command", title="commands", metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        subparser = ArgumentParser(description=f"{command.help.capitalize()}.", exit_on_error=False)
-        subparser.add_argument("--config", action="config", help="YAML file with any of these options")
-        if command.positional is not None:
-            several: dict[str, Any] = {"nargs": "+"} if command.many else {}
-            subparser.add_argument(command.positional, type=str, help=command.positional_help, **several)
-        subparser.add_class_arguments(command.config, skip={command.positional} if command.positional else None)
-        subcommands.add_subcommand(name, subparser, help=command.help)
-    chosen = parser.parse_args(_as_jsonargparse_spells(list(argv)))
-    command = COMMANDS[chosen["command"]]
-    options = chosen[chosen["command"]].as_dict()
-    return command, command.config(**{k: v for k, v in options.items() if k != "config"})
-
-
-def _as_jsonargparse_spells(argv: list[str]) -> list[str]:
-    """--max-length as --max_length, a bare --resume as --resume=true, and --evaluate a b as --evaluate=["a", "b"]."""
-    command = COMMANDS.get(next((word for word in argv if not word.startswith("-")), ""))
-    types = {f.name: str(f.type) for f in dataclasses.fields(command.config)} if command else {}
-    spelled, rest = [], list(argv)
-    while rest:
-        word = rest.pop(0)
-        option = re.match(r"--[\w.-]+", word)
-        if option:
-            name = option[0][2:].replace("-", "_")
-            word = f"--{name}{word[option.end() :]}"
-            kind = types.get(word[2:], "")
-            if "bool" in kind and not (rest and rest[0] in ("true", "false", "null")):
-                word += "=true"
-            elif kind.startswith("list") and rest and not rest[0].startswith("[") and _is_value(rest[0]):
-                values = []
-                while rest and _is_value(rest[0]):
-                    values.append(rest.pop(0))
-                word += f"=[{', '.join(values)}]" if "float" in kind or "int" in kind else f"={json.dumps(values)}"
-        spelled.append(word)
-    return spelled
-
-
-def _is_value(word: str) -> bool:
-    """Whether a word is no option; a negative number is none."""
-    return not word.startswith("-") or re.fullmatch(r"-[\d.]+(e-?\d+)?", word) is not None
-
-
-def _one_sentence(error: Exception) -> str:
-    if isinstance(error, UserError):
-        return str(error)
-    text = re.sub(r"\s+", " ", str(error)).strip().rstrip(".")
-    for said, better in (
-        # The parser names an option by where it is kept (train.model); users know it as --model.
-        (rf"\b(?:{'|'.join(COMMANDS)})\.(\w)", r"--\1"),
-        (r'Parser key "([\w.]+)"', r"--\1"),
-        (r"<class '(\w+)'>", r"\1"),
-        (r"\. Got value: ", ", got "),
-    ):
-        text = re.sub(said, better, text)
-    return f"{text[:1].upper()}{text[1:]} (flylora COMMAND --help lists what a command takes)."
+# The entry names a command by the module and a name in it.
+globals().update({f"{name}_command": make_command(name) for name in COMMANDS})

@@ -24,18 +24,20 @@ import json
 import os
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_type_hints
 
 import pydantic
 import yaml
 from annotated_types import Ge
 from pydantic_core import ErrorDetails
 
-from flylora.errors import UserError
+from flylora.errors import UserError, naming_extras
 
 C = TypeVar("C")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Count = Annotated[int, Ge(1)]
 """A whole number of at least 1."""
@@ -77,6 +79,36 @@ def _documented(cls: type[Any]) -> str:
     return "\n".join([inspect.cleandoc(cls.__doc__ or ""), *(text.partition("Args:\n")[2] for text in inherited)])
 
 
+def public_call(made: Callable[P, Any]) -> Callable[[Callable[[Any], R]], Callable[P, R]]:
+    """Turns a function that takes options into one that takes them as keywords.
+
+        @public_call(TrainConfig)
+        def train(config: TrainConfig) -> TrainRecord: ...
+
+        train(model="smollm2-135m", task="capitals", out="runs/capitals")
+
+    Args:
+        made: The class of options; its fields become the keywords, and its docstring describes them.
+    """
+    arguments = inspect.cleandoc(made.__doc__ or "").partition("\n")[2].strip()
+
+    def wrap(run: Callable[[Any], R]) -> Callable[P, R]:
+        @functools.wraps(run)
+        def call(*args: P.args, **given: P.kwargs) -> R:
+            with naming_extras():
+                return run(made(*args, **given))
+
+        signature = inspect.signature(made)
+        call.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            return_annotation=inspect.signature(run).return_annotation
+        )
+        call.__doc__ = f"{run.__doc__}\n\n{arguments}"
+        call.options = made  # type: ignore[attr-defined]
+        return call
+
+    return wrap
+
+
 def from_mapping(cls: type[C], values: object, where: str = "") -> C:
     """The options that a mapping of YAML or JSON values describes.
 
@@ -97,6 +129,8 @@ def from_mapping(cls: type[C], values: object, where: str = "") -> C:
 
 
 def _adapter(cls: Any) -> Any:
+    if dataclasses.is_dataclass(cls) and not pydantic.dataclasses.is_pydantic_dataclass(cls):  # type: ignore[arg-type]
+        cls = options(cls)  # type: ignore[arg-type]
     known = dataclasses.is_dataclass(cls)
     return pydantic.TypeAdapter(cls, config=None if known else _CHECKS)
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from flylora.cli import main
 from flylora.lab.training.callbacks import RunCallback
+from flylora_cli import main
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_ctrl_c_in_a_terminal_saves_and_says_how_to_go_on(
     tiny_model_dir: Path, tiny_task: Path, tmp_path: Path
 ) -> None:
     words = ["train", "--model", str(tiny_model_dir), "--task", str(tiny_task), "--out", str(tmp_path / "run")]
-    command = [sys.executable, "-c", "import sys; from flylora.cli import main; sys.exit(main(sys.argv[1:]))"]
+    command = [sys.executable, "-c", "import sys; from flylora_cli import main; sys.exit(main(sys.argv[1:]))"]
     with subprocess.Popen(
         [*command, *words, "--steps", "100000"], stderr=subprocess.PIPE, text=True, bufsize=1
     ) as process:

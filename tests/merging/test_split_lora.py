@@ -10,7 +10,7 @@ import pytest
 
 from flylora import UserError
 from flylora.adapter_folder import read_adapter
-from flylora.lab.merging.show import show_merge
+from flylora.lab.show import show_merge
 from saved_adapters import Save, assert_same_outputs, fly, lora, merge, outputs, split, weighted
 
 

@@ -1,1 +1,171 @@
-"""The laboratory: what measures. It imports the library and is never imported by it."""
+"""The laboratory: what measures. It imports the library and is never imported by it.
+
+Each command of the command line is one of these calls, with the same options. The rooms behind the calls import torch,
+TRL and datasets, so a call imports them when it runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flylora.lab.evaluation.config import EvalConfig
+from flylora.lab.examples import PreviewOptions
+from flylora.lab.exporting.config import ExportConfig
+from flylora.lab.merging.config import CalibrateConfig, MergeConfig
+from flylora.lab.study.config import DemoOptions, StudyOptions
+from flylora.lab.training.config import TrainConfig
+from flylora.options import options, public_call
+
+if TYPE_CHECKING:
+    from flylora.export.record import ExportRecord
+    from flylora.inspection import AdapterSummary
+    from flylora.lab.evaluation.harness import HarnessRecord
+    from flylora.lab.evaluation.record import EvalRecord
+    from flylora.lab.examples import Preview
+    from flylora.lab.study.run import StudyResult
+    from flylora.lab.study.workload import StudyPlan
+    from flylora.lab.training.record import TrainRecord
+    from flylora.merging.calibration import TaskStatistics
+    from flylora.merging.record import MergeRecord
+
+__all__ = [
+    "calibrate",
+    "evaluate",
+    "export",
+    "inspect",
+    "list_methods",
+    "list_tasks",
+    "merge",
+    "plan_study",
+    "preview",
+    "run_demo",
+    "study",
+    "train",
+]
+
+
+@options
+@dataclass(frozen=True)
+class InspectOptions:
+    """What to inspect.
+
+    Args:
+        adapter: Folder of a saved adapter.
+    """
+
+    adapter: str
+
+
+@options
+@dataclass(frozen=True)
+class NoOptions:
+    """Nothing to choose."""
+
+
+@public_call(TrainConfig)
+def train(config: TrainConfig) -> TrainRecord:
+    """Trains one adapter on a task and writes its folder.
+
+    Returns:
+        The record, which is in the folder too.
+    """
+    from flylora.lab.training.fit import fit
+
+    return fit(config)
+
+
+@public_call(EvalConfig)
+def evaluate(config: EvalConfig) -> EvalRecord | HarnessRecord:
+    """Evaluates a model, with or without an adapter, on a task or on tasks of lm-evaluation-harness."""
+    if config.lm_eval is not None:
+        from flylora.lab.evaluation.harness import evaluate_with_harness
+
+        return evaluate_with_harness(config)
+    from flylora.lab.evaluation.run import run
+
+    return run(config)
+
+
+@public_call(MergeConfig)
+def merge(config: MergeConfig) -> MergeRecord:
+    """Merges adapters into one, with tasks to calibrate and to measure on; ``flylora.merge`` takes texts instead."""
+    from flylora.lab.merging.run import merge_adapters
+
+    return merge_adapters(config)
+
+
+@public_call(CalibrateConfig)
+def calibrate(config: CalibrateConfig) -> TaskStatistics:
+    """Gathers from a task's texts what a least squares merge needs, and writes it to a file."""
+    from flylora.lab.merging.run import calibrate_adapters
+
+    return calibrate_adapters(config)
+
+
+@public_call(ExportConfig)
+def export(config: ExportConfig) -> ExportRecord:
+    """Writes an adapter as a plain LoRA or as full weights and measures the gap between the two."""
+    from flylora.lab.exporting.run import export as run
+
+    return run(config)
+
+
+@public_call(StudyOptions)
+def study(config: StudyOptions) -> StudyResult:
+    """Runs a study, or the part of it that is not done yet."""
+    from flylora.lab.study.run import run_study
+
+    return run_study(config)
+
+
+@public_call(StudyOptions)
+def plan_study(config: StudyOptions) -> StudyPlan:
+    """Shows what ``study`` would do with these options, without a model and without running anything."""
+    from flylora.lab.study.workload import plan_study as make_plan
+
+    return make_plan(config)
+
+
+@public_call(DemoOptions)
+def run_demo(config: DemoOptions) -> StudyResult:
+    """Runs the study of the demonstration and draws its picture."""
+    from flylora.lab.demo import run_demo as run
+
+    return run(config)
+
+
+@public_call(PreviewOptions)
+def preview(config: PreviewOptions) -> Preview:
+    """Shows examples of a task as a model is trained on them, and counts the tokens of the whole split."""
+    from flylora.lab.examples import preview as make_preview
+
+    return make_preview(config)
+
+
+@public_call(InspectOptions)
+def inspect(config: InspectOptions) -> AdapterSummary:
+    """Reads a saved adapter: its base, ranks, seeds and sizes, and whether its projections are those of training."""
+    from flylora.inspection import inspect_adapter
+
+    return inspect_adapter(config.adapter)
+
+
+@public_call(NoOptions)
+def list_tasks(config: NoOptions) -> dict[str, str]:
+    """The built-in tasks, each with a line that says what it asks."""
+    from flylora.lab.tasks import describe_tasks
+
+    return describe_tasks()
+
+
+@public_call(NoOptions)
+def list_methods(config: NoOptions) -> dict[str, dict[str, str]]:
+    """The methods of training and of merging, each with a line that says what it does."""
+    from flylora.lab.training.presets import PRESETS
+    from flylora.merging.table import METHODS
+
+    return {
+        "training": dict.fromkeys(PRESETS, ""),
+        "merging": {name: row.summary for name, row in METHODS.items()},
+    }

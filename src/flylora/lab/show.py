@@ -1,15 +1,36 @@
-"""Records on the terminal."""
+"""Records on the terminal: every table is at most 80 columns wide, with nothing cut off.
+
+Names, paths and texts from outside go through [`clean`]: they are shown as they are, without markup of rich and without
+control characters.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from flylora.adapter_folder import KINDS
+from flylora.export.record import ExportRecord
+from flylora.inspection import AdapterSummary, render
+from flylora.lab.evaluation.harness import HarnessRecord
 from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.examples import Preview, PreviewedExample
 from flylora.lab.training.record import TrainRecord
+from flylora.merging.calibration import TaskStatistics
+from flylora.merging.record import MergeRecord
+
+# --- how things are shown --------------------------------------------------------------------------------------------
+
+
+def clean(text: object, style: str = "") -> Text:
+    """Text from outside as it is: no markup, control characters as a replacement sign, line ends as spaces."""
+    line = " ".join(str(text).split())
+    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line), style=style)
 
 
 def percent(share: float | None, error: float | None = None) -> str:
@@ -19,26 +40,73 @@ def percent(share: float | None, error: float | None = None) -> str:
     return f"{100 * share:.1f} %" if error is None else f"{100 * share:.1f} ± {100 * error:.1f} %"
 
 
-def number(value: float | None) -> str:
-    """A loss to three decimals; a dash for none."""
-    return "–" if value is None else f"{value:.3f}"
+def number(value: float | None, error: float | None = None) -> str:
+    """A loss to three decimals, perhaps with its standard error; a dash for none."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+
+
+def show(*parts: RenderableType) -> None:
+    """Prints to stdout."""
+    console = Console()
+    for part in parts:
+        console.print(part)
+
+
+def facts(title: str, rows: Mapping[str, object]) -> Table:
+    """Two columns: names and values; a long value goes on in the next line."""
+    table = Table(title=clean(title), show_header=False, title_justify="left")
+    table.add_column(max_width=30, overflow="fold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(clean(name), clean(value))
+    return table
+
+
+def figures(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A name in the first column, figures in the others; only the name may go on in the next line."""
+    table = Table(title=clean(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for position, heading in enumerate(headings):
+        first = position == 0
+        table.add_column(heading, justify="left" if first else "right", no_wrap=not first, overflow="fold")
+    for row in rows:
+        table.add_row(*map(clean, row))
+    return table
+
+
+def listing(title: str, rows: Mapping[str, str]) -> Table:
+    """Names, each with a line that explains it."""
+    table = Table(title=clean(title), title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, line in rows.items():
+        table.add_row(clean(name, style="bold"), clean(line))
+    return table
+
+
+def notes(lines: Iterable[str]) -> list[Text]:
+    """What a reader must know besides the figures."""
+    return [clean(f"Note: {line}", style="yellow") for line in lines]
+
+
+# --- one function for each command -----------------------------------------------------------------------------------
 
 
 def show_training(record: TrainRecord) -> None:
-    """Prints what a training run did."""
+    """Shows what a training run did."""
     config = record.config
-    _show(
-        f"{config['method']} on {record.task['name']}",
-        {
-            "adapter": str(config["out"]),
-            "base model": f"{config['model']} ({record.dtype})",
-            "trained parameters": _parameters(record),
-            "items": f"{record.examples:,}" + (f" ({record.dropped:,} too long, left out)" if record.dropped else ""),
-            "steps": f"{record.steps:,} in {record.seconds:,.0f} s",
-            "loss per answer token": number(record.final_loss),
-            **({} if record.validation_loss is None else {"validation loss": number(record.validation_loss)}),
-        },
-    )
+    rows = {
+        "adapter": config["out"],
+        "base model": f"{config['model']} ({record.dtype})",
+        "trained parameters": _parameters(record),
+        "items": f"{record.examples:,}" + (f" ({record.dropped:,} too long, left out)" if record.dropped else ""),
+        "steps": f"{record.steps:,} in {record.seconds:,.0f} s",
+        "loss per answer token": number(record.final_loss),
+    }
+    if record.validation_loss is not None:
+        rows["validation loss"] = number(record.validation_loss)
+    show(facts(f"{config['method']} on {record.task['name']}", rows))
 
 
 def _parameters(record: TrainRecord) -> str:
@@ -46,12 +114,15 @@ def _parameters(record: TrainRecord) -> str:
     return f"{trained:,}" if active in (None, trained) else f"{trained:,}, of which {active:,} act on a token"
 
 
-def show_evaluation(record: EvalRecord) -> None:
-    """Prints the figures of an evaluation."""
+def show_evaluation(record: EvalRecord | HarnessRecord) -> None:
+    """Shows the figures of an evaluation."""
+    if isinstance(record, HarnessRecord):
+        _show_harness(record)
+        return
     config = record.config
     rows = {
         "model": f"{config['model']} ({record.dtype})",
-        "adapter": str(config["adapter"] or "none"),
+        "adapter": config["adapter"] or "none",
         "items": f"{record.items_scored:,} in {record.seconds:,.0f} s",
     }
     if record.accuracy is not None:
@@ -66,17 +137,152 @@ def show_evaluation(record: EvalRecord) -> None:
         for name, group in record.groups.items()
     }
     if config["out"] is not None:
-        rows["result"] = str(config["out"])
-    _show(f"{record.task['name']}, {record.split} split", rows)
-    for note in record.notes:
-        Console().print(f"Note: {note}", style="yellow", markup=False)
+        rows["result"] = config["out"]
+    show(facts(f"{record.task['name']}, {record.split} split", rows), *notes(record.notes))
 
 
-def _show(title: str, rows: dict[str, str]) -> None:
-    table = Table(title=title, show_header=False, title_justify="left")
-    for name, value in rows.items():
-        table.add_row(Text(name), Text(value))  # not markup: names and paths may hold brackets
-    Console().print(table)
+def _show_harness(record: HarnessRecord) -> None:
+    config = record.config
+    rows = []
+    for task, metrics in record.results.items():
+        for name, value in metrics.items():
+            metric, _, chosen = name.partition(",")
+            if metric.endswith("_stderr"):
+                continue
+            error = metrics.get(f"{metric}_stderr,{chosen}")
+            shown = f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+            label = metric if chosen == "none" else f"{metric} ({chosen})"
+            rows.append((task, record.few_shot.get(task, "–"), record.items_scored.get(task, "–"), label, shown))
+    title = f"lm-evaluation-harness {record.harness}: {config['model']}, adapter {config['adapter'] or 'none'}"
+    show(figures(title, ("task", "shots", "items", "metric", "value"), rows), *notes(record.notes))
+    if config["out"] is not None:
+        show(clean(f"Result: {config['out']}"))
+
+
+def show_merge(record: MergeRecord) -> None:
+    """Shows what a merge did and, if it was measured, what was kept."""
+    kind = f"{KINDS[record.inputs[0]['kind']].title}, every input's routing kept" if record.routed else "plain LoRA"
+    rows = {
+        "adapter": record.config["out"],
+        "method": record.method + (" (exact)" if record.exact else ""),
+        "inputs": ", ".join(f"{entry['weight']:.3g} x {entry['path']}" for entry in record.inputs),
+        "sum of weights": f"{record.weight_sum:.3g}",
+        "kind": kind,
+        **{name.replace("_", " "): f"{value:.3g}" for name, value in record.measured.items()},
+        "time": f"{record.seconds:,.1f} s",
+    }
+    show(facts("merge", rows), *retention_tables(record))
+
+
+def retention_tables(record: MergeRecord) -> list[Table]:
+    """Loss per answer token and what was kept of it, then accuracy, one row a task, with standard errors."""
+    if not record.evaluation:
+        return []
+    who = ("base", "single", "merged")
+    losses: list[tuple[str, ...]] = []
+    for row in record.evaluation:
+        values = [f"{row[name]:.3f}±{row[f'{name}_stderr']:.3f}" for name in who]
+        kept = "–" if row["retention"] is None else f"{row['retention']:.3f}±{row['retention_stderr']:.3f}"
+        losses.append((row["task"], f"{row['items']:,}", *values, kept))
+    if record.mean_retention is not None:
+        mean, error = record.mean_retention
+        losses.append(("mean", "", "", "", "", f"{mean:.3f}±{error:.3f}"))
+    tables = [
+        figures("loss per answer token, and what was kept", ("task", "items", *who, "retention"), losses),
+    ]
+    measured = [row for row in record.evaluation if row["accuracy"]]
+    if measured:
+        rows = [(row["task"], *(percent(*row["accuracy"][name]) for name in row["accuracy"])) for row in measured]
+        tables.append(figures("accuracy", ("task", *who), rows))
+    return tables
+
+
+def show_calibration(statistics: TaskStatistics) -> None:
+    """Shows what a calibration read."""
+    origin = statistics.origin
+    rows = {
+        "task": origin["task"],
+        "texts": f"{origin['texts']:,}",
+        "tokens counted": f"{origin['token_count']:,.0f} ({origin['tokens']})",
+        "adapter that ran": origin["run"],
+    }
+    show(facts("statistics for a merge", rows))
+
+
+def show_export(record: ExportRecord) -> None:
+    """Shows what was written, from which text, and what the export lost."""
+    show(_export_facts(record), *_export_evaluation(record), *notes(record.notes))
+
+
+def _export_facts(record: ExportRecord) -> Table:
+    adapter, gap = record.adapter, record.gap
+    rows = {"result": f"{record.config['out']} ({record.dtype})", "method": record.method}
+    if record.rank is not None:
+        rows["rank"] = f"{record.rank} of {adapter['rank']}"
+    for text in record.texts:
+        if text["texts"]:
+            used = f"{text['texts']:,} texts, {text['tokens']:,} tokens ({text['calibrated_on']})"
+            rows[f"calibrated on {text['source']}"] = used
+    for name, what in (("dense", "the best single scale"), ("fit", "this method"), ("cut", "the rank limit")):
+        if name in record.fit:
+            rows[f"update missed by {what}"] = percent(record.fit[name])
+    if gap is not None:
+        rows["KL to the adapter"] = f"{gap['kl']:.2g} ± {gap['kl_stderr']:.1g} nats per token"
+        if gap["kl_answer"] is not None:
+            rows["KL on answers"] = f"{gap['kl_answer']:.2g} nats per token"
+        rows["same most likely token"] = percent(gap["agreement"])
+        held_out = ", ".join(f"{text['source']} ({text['held_out']})" for text in record.texts)
+        rows["measured on"] = f"{gap['tokens']:,} tokens of {held_out}"
+    title = "LoRA" if record.to == "lora" else "full model"
+    return facts(f"{title} from {adapter['path']}", rows)
+
+
+def _export_evaluation(record: ExportRecord) -> list[Table]:
+    if not record.evaluation:
+        return []
+    who = ("base", "adapter", "export")
+    losses = [
+        (
+            row["task"],
+            f"{row['items']:,}",
+            *(number(row["loss"][name]) for name in who),
+            percent(row["kept"], row["kept_stderr"]),
+        )
+        for row in record.evaluation
+    ]
+    tables = [figures("loss per answer token", ("task", "items", *who, "gain kept"), losses)]
+    measured = [row for row in record.evaluation if row["accuracy"]["base"] is not None]
+    if measured:
+        rows = [
+            (row["task"], *(percent(row["accuracy"][name], row["accuracy_stderr"][name]) for name in who))
+            for row in measured
+        ]
+        tables.append(figures("accuracy", ("task", *who), rows))
+    return tables
+
+
+def show_inspection(summary: AdapterSummary) -> None:
+    """Shows what a saved adapter is."""
+    show(render(summary))
+
+
+def show_tasks(tasks: Mapping[str, str]) -> None:
+    """Shows the built-in tasks."""
+    show(listing("Built-in tasks (a task of your own is a YAML file: docs/add_a_task.md)", tasks))
+
+
+def show_methods(methods: Mapping[str, Mapping[str, str]]) -> None:
+    """Shows the methods of training and merging."""
+    titles = {
+        "training": "flylora train --method (or any other PEFT method by its name)",
+        "merging": "flylora merge --method",
+    }
+    show(*(listing(titles[kind], rows) for kind, rows in methods.items()))
+
+
+def show_preview(preview: Preview) -> None:
+    """Shows examples of a task."""
+    show(preview_panels(preview))
 
 
 def preview_panels(preview: Preview) -> RenderableType:
@@ -99,10 +305,10 @@ def preview_panels(preview: Preview) -> RenderableType:
 
 def _example_panel(example: PreviewedExample, max_length: int) -> Panel:
     if not example.tokens:
-        return Panel(Text(f"does not fit in {max_length} tokens", style="red"), title=Text(example.id))
+        return Panel(Text(f"does not fit in {max_length} tokens", style="red"), title=clean(example.id))
     body = Text().append(example.prompt, style="dim")
     shades = ("bold black on green", "bold black on bright_green")
     for number, piece in enumerate(example.trained):
         body.append(piece, style=shades[number % 2])
     counts = f"{example.tokens} tokens, {example.trained_tokens} trained"
-    return Panel(body, title=Text(example.id), subtitle=counts, title_align="left", subtitle_align="right")
+    return Panel(body, title=clean(example.id), subtitle=counts, title_align="left", subtitle_align="right")

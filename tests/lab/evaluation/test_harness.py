@@ -16,15 +16,15 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from conftest import make_model
-from flylora.cli import main
 from flylora.errors import UserError
 from flylora.lab.evaluation import EvalConfig, evaluate_with_harness
 from flylora.lab.evaluation.harness import HarnessRecord
 from flylora.lab.evaluation.run import NO_OP
-from flylora.lab.evaluation.show import show_harness
+from flylora.lab.show import show_evaluation
 from flylora.lab.training.methods import attach, method_config
 from flylora.models import LoadedModel, load_model
 from flylora.records import read_record
+from flylora_cli import main
 
 
 class Wrapped:
@@ -223,7 +223,7 @@ def test_notes_and_the_place_of_the_result_are_shown(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     adapter, out = make_adapter(tmp_path / "a", trained=False), str(tmp_path / "r[1].json")
-    show_harness(evaluate_with_harness(config(adapter=adapter, out=out), loaded))
+    show_evaluation(evaluate_with_harness(config(adapter=adapter, out=out), loaded))
     shown = " ".join(capsys.readouterr().out.split())
     assert f"Note: {NO_OP}" in shown
     assert "r[1].json" in "".join(shown.split())  # lines are broken where the terminal ends

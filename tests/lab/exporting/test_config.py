@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flylora.cli import EXIT_USER_ERROR, main, parse
+from flylora.cli import COMMANDS, EXIT_USER_ERROR
 from flylora.errors import UserError
 from flylora.lab.exporting.config import ExportConfig
+from flylora_cli import main
 
 
 @pytest.mark.parametrize(
@@ -31,27 +34,19 @@ def test_values_that_cannot_be_meant(changes: dict[str, Any], match: str) -> Non
         ExportConfig(**{"adapter": "a", "to": "lora", "out": "b", **changes})
 
 
-def test_the_command_line_takes_lists_of_texts_and_tasks() -> None:
-    _, config = parse(
-        [
-            "export",
-            "a",
-            "--to",
-            "lora",
-            "--out",
-            "b",
-            "--calibrate",
-            "x.txt",
-            "y",
-            "--evaluate",
-            "z",
-            "--gap-texts",
-            "9",
-        ]
-    )
-    assert config == ExportConfig(
-        adapter="a", to="lora", out="b", calibrate=["x.txt", "y"], evaluate=["z"], gap_texts=9
-    )
+def test_the_command_line_takes_lists_of_texts_and_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[ExportConfig] = []
+    command = COMMANDS["export"]
+
+    @functools.wraps(command.call)
+    def instead(**given: Any) -> None:
+        made.append(ExportConfig(**given))
+
+    monkeypatch.setitem(COMMANDS, "export", dataclasses.replace(command, call=instead, show=lambda result: None))
+    words = ["--to", "lora", "--out", "b", "--calibrate", "x.txt", "y", "--evaluate", "z", "--gap-texts", "9"]
+    assert main(["export", "a", *words]) == 0
+    expected = ExportConfig(adapter="a", to="lora", out="b", calibrate=["x.txt", "y"], evaluate=["z"], gap_texts=9)
+    assert made == [expected]
 
 
 def test_an_error_is_one_line_and_exit_code_2(routed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,6 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from flylora.cli import main
 from flylora.errors import UserError
 from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.study import StudyOptions, load_study
@@ -25,6 +24,7 @@ from flylora.lab.study.run import StudyResult, run_study
 from flylora.lab.training import TrainConfig, callbacks
 from flylora.lab.training.interrupt import TrainingInterrupted
 from flylora.records import adapter_fingerprint, read_record
+from flylora_cli import main
 
 Save = Callable[..., Path]
 WORK = ("train", "evaluate", "merge_adapters")

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from flylora.cli import main
 from flylora.lab.study import StudyOptions, load_study
 from flylora.lab.study.plan import planned
 from flylora.lab.study.record import run_folder
 from flylora.lab.study.run import StudyResult
 from flylora.lab.study.show import show_plan, show_study
 from flylora.lab.study.workload import plan_study
+from flylora_cli import main
 
 Save = Callable[..., Path]
 CONFIGS = Path(__file__).parents[3] / "configs"

@@ -1,0 +1,104 @@
+"""The entry of the console script ``flylora``.
+
+It stands outside the package because importing anything of the package imports PEFT, which takes seconds. Help, the
+version and a misspelt command are answered from here at once; [`flylora.cli`] is imported when a command runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+
+from cyclopts import App, CycloptsError, Parameter, UnknownCommandError
+
+EXIT_USER_ERROR = 2
+
+COMMANDS = {
+    "train": "Train an adapter on a task.",
+    "eval": "Evaluate a model or an adapter on a task.",
+    "merge": "Merge adapters into one.",
+    "calibrate": "Prepare a least squares merge from a task's texts.",
+    "export": "Write an adapter as a plain LoRA or as full weights.",
+    "inspect": "Show what a saved adapter is.",
+    "preview": "Show examples of a task and their trained tokens.",
+    "study": "Run a grid of models, methods, tasks and seeds.",
+    "demo": "Run the demonstration: four small tasks.",
+    "tasks": "List the built-in tasks.",
+    "methods": "List the methods of training and of merging.",
+}
+
+_EPILOGUE = """\
+Train an adapter, then measure it:
+  flylora train --model smollm2-135m --task capitals --out capitals
+  flylora eval --model smollm2-135m --task capitals --adapter capitals
+
+flylora COMMAND --help explains a command and gives an example."""
+
+
+def make_app() -> App:
+    """The program with its commands; none of them is imported before it is needed."""
+    app = App(
+        name="flylora",
+        help="FlyLoRA adapters: train, evaluate, merge and export them.",
+        help_epilogue=_EPILOGUE,
+        help_format="plaintext",
+        version=lambda: version("flylora"),
+        result_action="return_value",
+        default_parameter=Parameter(
+            consume_multiple=True, allow_repeating=True, negative_iterable=(), negative_none=()
+        ),
+    )
+    for name, summary in COMMANDS.items():
+        app.command(f"flylora.cli:{name}_command", name=name, help=summary, sort_key=list(COMMANDS).index(name))
+    app.register_install_completion_command(help="Install completion for this shell.")
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0 for success, 1 if cells of a study failed, 2 for bad input (one sentence on stderr), 130 after an
+        interruption.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _quiet("--verbose" not in words):
+            return make_app()(words, exit_on_error=False, print_error=False) or 0
+    except CycloptsError as error:
+        print(f"flylora: {_sentence(error)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _sentence(error: CycloptsError) -> str:
+    if isinstance(error, UnknownCommandError) and error.unused_tokens:
+        # The library's own message imports every command for it.
+        word = error.unused_tokens[0]
+        close = difflib.get_close_matches(word, COMMANDS, n=1)
+        meant = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}."
+        return f"Unknown command '{word}': {meant}"
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """Without what libraries tell one another: what they will rename, which kernels they could not load."""
+    logger = logging.getLogger("bitsandbytes")
+    before = logger.level
+    with warnings.catch_warnings():
+        if quiet:
+            warnings.simplefilter("ignore", FutureWarning)
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
