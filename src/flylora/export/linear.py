@@ -45,12 +45,10 @@ class Moments:
     """Sums over calibration tokens in one module, in float64.
 
     Attributes:
-        tokens: how many.
         zz, zy, yy: sum of z z^T, z y^T and y y^T, each (R, R).
         zx, xx: sum of z x^T (R, n) and x x^T (n, n); None where they are not needed.
     """
 
-    tokens: int
     zz: Tensor
     zy: Tensor
     yy: Tensor
@@ -61,12 +59,11 @@ class Moments:
     def empty(cls, rank: int, in_features: int | None = None) -> Moments:
         """No token yet; with ``in_features`` the moments of the inputs are kept too."""
         shapes = [(rank, rank)] * 3 + ([] if in_features is None else [(rank, in_features), (in_features, in_features)])
-        return cls(0, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
     def add(self, x: Tensor, y: Tensor, z: Tensor) -> None:
         """Count tokens in: x (N, n), y and z (N, R)."""
         y, z = wide(y), wide(z)
-        self.tokens += len(y)
         self.zz += (z.t() @ z).cpu()
         self.zy += (z.t() @ y).cpu()
         self.yy += (y.t() @ y).cpu()
