@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from tests.tiny_models import llama
 
 from flylora import FlyLoraConfig, UserError, expert_shares
-from flylora.inspection import EXPERT_LOAD_FILE, inspect_adapter, render
+from flylora.inspection import EXPERT_LOAD_FILE, inspect
+from flylora.lab.show import inspection_tables
 
 
 @pytest.fixture
@@ -34,12 +35,12 @@ def folder(tmp_path: Path) -> Path:
 
 def shown(path: Path, width: int = 200) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(render(inspect_adapter(path)))
+    console.print(inspection_tables(inspect(path)))
     return console.export_text()
 
 
 def test_counts_seeds_shapes_and_loads(folder: Path) -> None:
-    summary = inspect_adapter(folder)
+    summary = inspect(folder)
     assert (summary.kind, len(summary.modules), summary.intact) == ("flylora", 4, True)
     assert summary.trainable == 4 * 32 * 8
     assert summary.active == 4 * 32 * 2
@@ -66,7 +67,7 @@ def test_a_narrow_terminal_cuts_nothing(folder: Path, width: int) -> None:
     text = shown(folder, width)
     assert "…" not in text
     assert str(folder) in "".join(line[14:].rstrip() for line in text.splitlines())
-    for module in inspect_adapter(folder).modules:
+    for module in inspect(folder).modules:
         assert module.load is not None
         assert " ".join(f"{value:.2f}" for value in module.load) in text
 
@@ -77,7 +78,7 @@ def test_an_altered_seed_is_a_mismatch_and_not_a_crash(folder: Path) -> None:
     key = next(key for key in tensors if key.endswith("q_proj.flylora_seed"))
     tensors[key] += 1
     save_file(tensors, file)
-    summary = inspect_adapter(folder)
+    summary = inspect(folder)
     assert summary.intact is False
     assert [m.fingerprint_ok for m in summary.modules].count(False) == 1
     assert "MISMATCH" in shown(folder)
@@ -85,20 +86,20 @@ def test_an_altered_seed_is_a_mismatch_and_not_a_crash(folder: Path) -> None:
 
 def test_without_recorded_loads_none_are_shown(folder: Path) -> None:
     (folder / EXPERT_LOAD_FILE).unlink()
-    assert all(module.load is None for module in inspect_adapter(folder).modules)
+    assert all(module.load is None for module in inspect(folder).modules)
     (folder / EXPERT_LOAD_FILE).write_text("[1")
     with pytest.raises(UserError, match=EXPERT_LOAD_FILE):
-        inspect_adapter(folder)
+        inspect(folder)
 
 
 def test_a_plain_lora_counts_both_factors(tmp_path: Path) -> None:
     model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
-    summary = inspect_adapter(tmp_path)
+    summary = inspect(tmp_path)
     assert (summary.kind, summary.trainable, summary.active) == ("lora", 2 * 4 * 64, 2 * 4 * 64)
     assert "lora" in shown(tmp_path)
 
 
 def test_a_folder_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="adapter_config"):
-        inspect_adapter(tmp_path)
+        inspect(tmp_path)

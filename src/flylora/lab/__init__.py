@@ -146,9 +146,9 @@ def preview(config: PreviewOptions) -> Preview:
 @public_call(InspectOptions)
 def inspect(config: InspectOptions) -> AdapterSummary:
     """Reads a saved adapter: its base, ranks, seeds and sizes, and whether its projections are those of training."""
-    from flylora.inspection import inspect_adapter
+    from flylora.inspection import inspect
 
-    return inspect_adapter(config.adapter)
+    return inspect(config.adapter)
 
 
 @public_call(NoOptions)

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from flylora.adapter_folder import KINDS
 from flylora.export.record import ExportRecord
-from flylora.inspection import AdapterSummary, render
+from flylora.inspection import AdapterSummary
 from flylora.lab.evaluation.harness import HarnessRecord
 from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.examples import Preview, PreviewedExample
@@ -263,7 +263,58 @@ def _export_evaluation(record: ExportRecord) -> list[Table]:
 
 def show_inspection(summary: AdapterSummary) -> None:
     """Shows what a saved adapter is."""
-    show(render(summary))
+    show(inspection_tables(summary))
+
+
+def inspection_tables(summary: AdapterSummary) -> RenderableType:
+    """A header about the adapter, and a line for each module."""
+    verdict = {
+        True: "every projection is the one it was trained with",
+        False: "MISMATCH: the adapter was altered, do not use it",
+        None: "some could not be checked (n unknown)",
+    }
+    shared = _shared_parts([module.name for module in summary.modules])
+    head = Table.grid(padding=(0, 2))
+    head.add_column()
+    head.add_column(overflow="fold")
+    rows = {
+        "adapter": f"{summary.path} ({summary.kind})",
+        "base model": summary.base_model or "not recorded",
+        "settings": ", ".join(f"{key} {value}" for key, value in summary.settings.items()),
+        "parameters": f"{summary.trainable:,} trained, {summary.active:,} active on a token, "
+        f"{len(summary.modules)} modules" + (f" of {'.'.join(shared)}" if shared else ""),
+        "file": f"{summary.file_bytes:,} bytes, sha256 {summary.fingerprint[:16]}",
+        "fingerprints": verdict[summary.intact],
+    }
+    for key, value in rows.items():
+        head.add_row(clean(key, style="bold"), clean(value))
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
+    # On a narrow terminal the names give way and not the figures.
+    table.add_column("module", overflow="fold")
+    for heading in ("m x n", "k/r", "A", "bias steps", "min", "mean", "max", "cv"):
+        table.add_column(heading, justify="left" if heading == "A" else "right", no_wrap=True)
+    for module in summary.modules:
+        state = {True: "ok", False: "MISMATCH", None: "?"}[module.fingerprint_ok]
+        table.add_row(
+            clean(".".join(module.name.split(".")[len(shared) :])),
+            f"{module.shape[0]} x {module.shape[1] or '?'}",
+            f"{module.k}/{module.r}",
+            state,
+            "{} .. {}".format(*module.bias_steps),
+            *(["-"] * 4 if module.load is None else [f"{value:.2f}" for value in module.load]),
+        )
+    note = "min to cv: each rank's share of the tokens at the last training step (even: k/r)"
+    return Group(head, Text(), table, Text(note, style="dim"))
+
+
+def _shared_parts(names: Sequence[str]) -> list[str]:
+    """The leading parts that all names have in common, their last parts aside."""
+    shared = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return shared
 
 
 def show_tasks(tasks: Mapping[str, str]) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from trl.trainer import base_trainer
 
 from flylora.errors import UserError
-from flylora.inspection import inspect_adapter
+from flylora.inspection import inspect
 from flylora.lab.data import encode_all
 from flylora.lab.tasks import load_task
 from flylora.lab.training import TrainConfig, train
@@ -601,7 +601,7 @@ def test_expert_load_is_balanced_without_a_callback_of_the_users(
 
 def test_expert_loads_are_kept_for_inspection(config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     train(config())
-    modules = inspect_adapter(tmp_path / "run").modules
+    modules = inspect(tmp_path / "run").modules
     assert len(modules) == 14
     # k of r ranks act on every token, so the mean share is k / r whatever the routing.
     assert all(module.load is not None and module.load[1] == pytest.approx(2 / 8) for module in modules)
