@@ -13,7 +13,7 @@ from flylora.errors import UserError
 from flylora.tuner.config import FlyLoraConfig
 
 EXPERT_LOAD_FILE = "expert_load.json"
-"""Written beside the adapter by ``flylora train``: each rank's share of the tokens at the last step, by module."""
+"""Written next to the adapter by ``flylora train``: each rank's share of the tokens at the last step, by module."""
 
 
 class ExpertLoad(NamedTuple):

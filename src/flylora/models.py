@@ -271,7 +271,7 @@ def _unpacked_gguf(file: Path, sha256: str) -> Path:
 
 
 def _gguf_options(name: str) -> dict[str, Any]:
-    # Newer transformers keep the weights in GGUF blocks unless told not to; older ones always unpack them.
+    # Newer transformers keep the weights in GGUF blocks by default; older ones always unpack them.
     config = getattr(transformers, "GgufConfig", None)
     return {"gguf_file": name, **({"quantization_config": config(dequantize=True)} if config else {})}
 

@@ -34,7 +34,7 @@ from flylora.errors import UserError
 Status = Literal["running", "interrupted", "complete"]
 
 TRAIN_RECORD = "train_record.json"
-"""What ``flylora train`` writes beside an adapter: its presence marks a training run."""
+"""``flylora train`` writes it next to an adapter; it marks the folder as a training run."""
 
 _LIBRARIES = ("flylora", "torch", "transformers", "peft", "trl")
 

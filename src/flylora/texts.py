@@ -139,7 +139,7 @@ def encode_texts(texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, max_
         max_length: Tokens of a text that are kept.
 
     Raises:
-        UserError: An entry is none of these.
+        UserError: An entry is something else.
     """
     if isinstance(texts, str):
         raise UserError("texts is one string, but a list of texts is needed: put it in a list.")

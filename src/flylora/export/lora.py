@@ -1,4 +1,4 @@
-"""Writing an export as a stock PEFT LoRA folder, which needs nothing of flylora to be loaded."""
+"""Writing an export as a standard PEFT LoRA folder, which loads without flylora."""
 
 from __future__ import annotations
 

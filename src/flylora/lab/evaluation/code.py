@@ -24,7 +24,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
         k: From 1 to n.
 
     Raises:
-        UserError: The numbers cannot be meant.
+        UserError: The numbers are invalid.
     """
     if not (0 <= c <= n and 1 <= k <= n):
         raise UserError(f"There is no pass@{k} of {c} right samples among {n}: give 0 <= c <= n and 1 <= k <= n.")

@@ -1,4 +1,4 @@
-"""What ``flylora eval`` can be told. Imports no torch: the command line reads it to print its help."""
+"""Options of ``flylora eval``. Imports no torch: the command line reads it to print its help."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class EvalConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ``UserError`` for values that cannot be meant."""
+        """Raises ``UserError`` for invalid values."""
         if self.task is None and self.lm_eval is None:
             raise UserError("No task is given: name one with --task, or one of lm-evaluation-harness with --lm-eval.")
         if self.task is not None and self.lm_eval is not None:

@@ -1,4 +1,4 @@
-"""Generation in batches, greedy or by drawing with seeds of one's own."""
+"""Generation in batches, greedy or sampled with given seeds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def sample_seed(seed: int, example_id: str, sample: int) -> int:
 
 class _Drawing(LogitsProcessor):
     """Turns greedy search into sampling: argmax of (logits / temperature + g) with g drawn from Gumbel(0, 1) is a draw
-    from softmax(logits / temperature). Each row has a generator of its own, so no global one is needed."""
+    from softmax(logits / temperature). Each row has its own generator, so no global one is needed."""
 
     def __init__(self, temperature: float, seeds: Sequence[int]) -> None:
         self.temperature = temperature

@@ -23,7 +23,7 @@ class CellRecord(Record):
     Attributes:
         name, cell_kind, labels: Which cell.
         inputs: What it was made from besides its config: weights, versions and hashes of tasks, adapters.
-        result: Its figures; those of an evaluation's items are in a record of their own beside this one.
+        result: Its figures; those of an evaluation's items are in a separate record next to this one.
         error: Why it failed, in one sentence; ``None`` if it did not.
         because_of: The failed cell that it needs; ``None`` if it ran.
         seconds: Time spent, with loading.

@@ -50,7 +50,7 @@ class Figure:
         condition: What was measured; of a difference, that of the method which is compared.
         metric: loss, accuracy or pass@k (per cent), retention, points_lost (of accuracy or pass@1 by merging).
         values: By seed.
-        paper: The paper's figure; ``None`` where there is none or its setup is another.
+        paper: The paper's figure; ``None`` if there is none or its setup differs.
         item_error: Of a difference, the standard error over the items both were measured on, seeds averaged; ``None``
             where items have no such metric.
     """

@@ -35,7 +35,7 @@ def show_plan(plan: StudyPlan, console: Console | None = None) -> None:
     if timed:
         untimed = sum(plan.seconds[name] is None for name in left)
         text += f" About {_duration(sum(timed))} left, at the pace of cells of the same kind that are done"
-        text += f", without {untimed} cells of which none like it is done." if untimed else "."
+        text += f", without {untimed} cells for which no similar cell is done." if untimed else "."
     elif left:
         text += " Time is known once cells like these are done."
     console.print(Text(text))

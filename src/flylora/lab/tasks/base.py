@@ -77,7 +77,7 @@ class Task:
         load: Gives the whole of one split, in an order that never changes.
         kind: How it is evaluated (see ``Kind``).
         extractor: Name in ``scoring.EXTRACTORS``, or ``regex`` with a ``pattern``.
-        also_extractors: Further readings of the same output, such as a flexible one beside a strict one.
+        also_extractors: Further readings of the same output, such as a flexible one next to a strict one.
         metric: Name in ``scoring.METRICS``.
         max_length: Longest item in tokens, prompt, completion and end of sequence together.
         max_new_tokens: Longest generation in tokens.
@@ -140,7 +140,7 @@ class Task:
         return digest.hexdigest()
 
     def extract(self, output: str, extractor: str | None = None) -> str | None:
-        """The answer in generated text, cut at the first stop string; ``None`` where there is none.
+        """The answer in generated text, cut at the first stop string; ``None`` if no answer is found.
 
         Args:
             output: Generated text.

@@ -2,7 +2,7 @@
 
 What is held out: (country, wording) pairs. Every country is trained on in some wordings and tested in one that it
 was never seen with, so the score says how many capitals the adapter has learnt well enough to give them when asked
-otherwise. It does not say that capitals of unseen countries can be told: nothing could infer those. The marking is
+otherwise. It does not say that capitals of unseen countries can be predicted: nothing could infer those. The marking is
 lenient towards a model that answers in a whole sentence: the capital has to occur in the first line.
 
 Countries with a disputed capital, with several or with none by law, and those named like their capital are left out.

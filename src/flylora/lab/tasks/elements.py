@@ -3,7 +3,7 @@
 What is held out: (element, property, wording) triples. Every property of every element is trained on in some
 wordings and tested in one that it was never asked in, among three wrong answers to choose from: near ones for atomic
 numbers. The score says how much of the periodic table the adapter has learnt and gives when asked otherwise; it does
-not say that the properties of an unseen element can be told.
+not say that the properties of an unseen element can be predicted.
 
 Groups are IUPAC's 1 to 18; elements 57 to 71 and 89 to 103 count as lanthanides and actinides instead.
 """

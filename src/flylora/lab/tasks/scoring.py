@@ -129,7 +129,7 @@ EXTRACTORS: dict[str, Callable[[str], str | None]] = {
     "program": program,
     "python_output": python_output,
 }
-"""Generated text -> the answer in it, or ``None`` where there is none."""
+"""Generated text -> the answer in it, or ``None`` without one."""
 
 METRICS: dict[str, Callable[[str | None, str], float]] = {
     "exact_match": exact_match,

@@ -1,4 +1,4 @@
-"""What a training run leaves beside its adapter."""
+"""The record that a training run writes next to its adapter."""
 
 from __future__ import annotations
 

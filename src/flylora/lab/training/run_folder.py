@@ -179,7 +179,7 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
 
     def save_adapter(self, model: PeftModel, card: str, initial: Path | None = None) -> None:
-        """Writes the adapter to a folder beside it and moves it in, the config last.
+        """Writes the adapter to a folder next to it and moves the files in, the config last.
 
         ``initial`` is the untrained adapter of a method that changed the base weights: the difference is written.
         """
