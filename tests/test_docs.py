@@ -1,16 +1,20 @@
-"""The documentation: its Python runs on tiny models, and its links lead somewhere.
+"""The documentation: its Python runs on tiny models, its commands parse, its links lead somewhere.
 
 A Python block after the comment ``<!-- not run: reason -->`` is only compiled.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from flylora import cli
+from flylora_cli import main
 from saved_adapters import Save, fly
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +36,18 @@ def python_blocks() -> Iterator[object]:
         blocks = re.findall(r"(<!-- not run: .+ -->\n)?```python\n(.*?)```", text, flags=re.DOTALL)
         for number, (not_run, code) in enumerate(blocks, 1):
             yield pytest.param(code, bool(not_run), id=f"{page.name}-{number}")
+
+
+def commands() -> Iterator[object]:
+    """Every ``flylora ...`` that stands at the start of a line of code, its continuation lines included."""
+    for page in PAGES:
+        text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+        code = [
+            *re.findall(r"^```.*?^```", text, flags=re.DOTALL | re.MULTILINE),
+            *re.findall(r"^    .*$", text, re.MULTILINE),
+        ]
+        for line in re.findall(r"^ *(flylora .*)$", "\n".join(code), flags=re.MULTILINE):
+            yield pytest.param(line, id=f"{page.name}: {line[:60]}")
 
 
 def anchors(page: Path) -> set[str]:
@@ -62,6 +78,22 @@ def test_python_in_the_documentation_runs(code: str, not_run: bool, readers_fold
         exec(compiled, {"__name__": "documentation"})
 
 
+@pytest.mark.parametrize("line", commands())
+def test_commands_in_the_documentation_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsed and checked as always; what the command would do is left out."""
+    words = shlex.split(re.sub(r" {2,}#.*", "", line))[1:]
+    given = {}
+    for name, command in cli.COMMANDS.items():
+
+        def call(_name: str = name, **options: object) -> None:
+            given[_name] = options
+
+        call.options = command.options  # type: ignore[attr-defined]
+        monkeypatch.setitem(cli.COMMANDS, name, dataclasses.replace(command, call=call, show=lambda _: 0))
+    assert main(words) == 0
+    assert list(given) == words[:1] or "--help" in words
+
+
 @pytest.mark.parametrize("page", named(PAGES))
 def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
@@ -85,3 +117,19 @@ def test_the_readme_works_on_pypi_once_the_repository_has_an_address() -> None:
     assert all(link.startswith("https://") for link in LINK.findall(text)), "other links stand in the list of targets"
     if address is not None:
         assert all(target.startswith(address[1]) for target in LINK_TARGET.findall(text))
+
+
+def test_every_room_is_in_the_architecture_and_in_contributing() -> None:
+    """A room is a module or a package of the library or of the laboratory."""
+    architecture = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    package = ROOT / "src" / "flylora"
+    rooms = [
+        path for top in (package, package / "lab") for path in top.iterdir() if path.suffix == ".py" or path.is_dir()
+    ]
+    for room in rooms:
+        if room.stem.startswith("__") or room == package / "lab":
+            continue
+        name = room.relative_to(package).as_posix() + ("/" if room.is_dir() and room.parent == package else "")
+        assert f"`{name}`" in architecture, name
+        assert f"`{name}`" in contributing, name
