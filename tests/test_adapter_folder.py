@@ -199,6 +199,17 @@ def test_every_unusable_folder_is_refused_in_one_sentence(save: Save, tmp_path: 
     save_file({**load_file(path / WEIGHTS_FILE), "base_model.model.head.weight": torch.zeros(2)}, path / WEIGHTS_FILE)
     with pytest.raises(UserError, match="no factor of a FlyLoRA"):
         read_adapter(path)
+    path = broken("type of a tensor")
+    tensors = load_file(path / WEIGHTS_FILE)
+    tensors[f"base_model.model.{Q}.flylora_d"] = tensors[f"base_model.model.{Q}.flylora_d"].float()
+    save_file(tensors, path / WEIGHTS_FILE)
+    with pytest.raises(UserError, match=r"q_proj\.flylora_d' in .* has the wrong type F32"):
+        read_adapter(path)
+    path = broken("unfinished")
+    (path / CONFIG_FILE).unlink()
+    (path / "train_record.json").write_text("{}")
+    with pytest.raises(UserError, match="is not finished: go on with flylora train --resume"):
+        read_adapter(path)
     path = broken("pickled")
     (path / WEIGHTS_FILE).unlink()
     with pytest.raises(UserError, match="no weights"):

@@ -22,7 +22,9 @@ from flylora.records import (
     adapter_fingerprint,
     file_sha256,
     is_disk_full,
+    new_folder,
     own_commit,
+    progress,
     provenance,
     read_record,
     saving,
@@ -142,6 +144,33 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write_text(tmp_path / "file" / "r.json", "new")
+
+
+def test_a_folder_that_cannot_take_its_name_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_config.json").write_text("old")
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(UserError, match="cannot be written"), new_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "adapter_config.json").write_text("new")
+    assert (tmp_path / "out" / "adapter_config.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_progress_goes_to_standard_error_and_can_be_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    for quiet in (True, False):
+        with progress("texts", 3, quiet) as advance:
+            advance(3)
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert ("texts" in shown.err) is not quiet
+        assert ("3/3" in shown.err) is not quiet
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from flylora.adapter_folder import read_config
 from flylora.errors import UserError
 from flylora.models import LoadedModel, first_line, take_off
 from flylora.records import TRAIN_RECORD, adapter_fingerprint
@@ -30,7 +31,7 @@ def adapted(loaded: LoadedModel, folder: Path) -> Iterator[tuple[PeftModel, str]
         UserError: The folder is missing or holds no finished adapter, a file is corrupt, or the adapter was made for
             another base model.
     """
-    _check_folder(folder)
+    read_config(folder)
     fingerprint = adapter_fingerprint(folder)
     with _explaining_misfit(loaded, folder):
         model = _made(loaded, folder)
@@ -41,20 +42,6 @@ def adapted(loaded: LoadedModel, folder: Path) -> Iterator[tuple[PeftModel, str]
         yield model, fingerprint
     finally:
         take_off(model)
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise UserError(f"There is no adapter folder {folder}: check the path.")
-    config = folder / "adapter_config.json"
-    if not config.is_file():
-        if (folder / TRAIN_RECORD).is_file():
-            raise UserError(f"The training run in {folder} is not finished: go on with flylora train --resume.")
-        raise UserError(f"The folder {folder} holds no adapter (no adapter_config.json): give the folder of one.")
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{config} is not valid JSON ({error}): copy or train the adapter again.") from error
 
 
 def _made(loaded: LoadedModel, folder: Path) -> PeftModel:

@@ -26,7 +26,7 @@ from flylora import functional
 from flylora.errors import UserError
 from flylora.functional import Block
 from flylora.projection import Identity, NonZeros, Projection, projection_of_file, stack_blocks
-from flylora.records import adapter_fingerprint, new_folder
+from flylora.records import TRAIN_RECORD, adapter_fingerprint, new_folder
 from flylora.tuner.config import BlockConfig, FlyLoraConfig, pattern_value
 
 CONFIG_FILE = "adapter_config.json"
@@ -315,6 +315,10 @@ class SavedAdapter:
         # Kept open: the header of a large adapter takes longer to parse than a module takes to merge.
         return safe_open(str(self.path / WEIGHTS_FILE), framework="pt")
 
+    def close(self) -> None:
+        """Let go of the file until it is read again: while it is open, all that was read of it counts as memory."""
+        self.__dict__.pop("_file", None)
+
     def out_features(self, module: str) -> int:
         """m of a module."""
         return self.shapes[module][self.kind.up][0]
@@ -411,19 +415,34 @@ def read_adapter(path: str | Path, kinds: Collection[str] = ("flylora", "lora"))
     return adapter
 
 
-def _read_config(path: Path, kinds: Sequence[Kind]) -> tuple[Any, Kind]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The config of any PEFT adapter, as its JSON has it.
+
+    Raises:
+        UserError: the folder or its config is missing or damaged.
+    """
     file = path / CONFIG_FILE
     if not path.is_dir():
         raise UserError(
             f"There is no adapter folder {path}: give the folder that training or PEFT's save_pretrained wrote."
         )
     if not file.is_file():
+        if (path / TRAIN_RECORD).is_file():
+            raise UserError(f"The training run in {path} is not finished: go on with flylora train --resume.")
         raise UserError(f"{path} holds no {CONFIG_FILE}, so it is not a saved adapter: give the folder that holds one.")
     try:
-        body = json.loads(file.read_text(encoding="utf-8"))
-        peft_type = body["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not a readable adapter config ({error!r}): get the adapter again.") from error
+        body: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if "peft_type" in body:
+            return body
+        reason = "it names no peft_type"
+    except (OSError, ValueError, TypeError) as error:
+        reason = f"it is not valid JSON: {error}"
+    raise UserError(f"{file} is not a readable adapter config ({reason}): get the adapter again.")
+
+
+def _read_config(path: Path, kinds: Sequence[Kind]) -> tuple[Any, Kind]:
+    file, body = path / CONFIG_FILE, read_config(path)
+    peft_type = body["peft_type"]
     kind = next((kind for kind in kinds if kind.name == str(peft_type).lower()), None)
     if kind is None:
         *others, last = (kind.title for kind in kinds)

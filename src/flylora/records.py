@@ -226,7 +226,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file under a temporary name and renames it; parent folders are made.
 
     Raises:
-        UserError: The disk is full or the place cannot be written to; nothing is left behind.
+        UserError: The disk is full or the folder cannot be written to; nothing is left behind.
     """
     partial = path.with_name(f".{path.name}.partial")
     with saving(path):
@@ -313,7 +313,7 @@ def progress(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[f
 def saving(path: Path) -> Iterator[None]:
     """Turns the ways in which a file cannot be saved into one sentence.
 
-    safetensors and torch raise errors of their own when the disk is full, so those are told by their text.
+    safetensors and torch raise errors of their own when the disk is full, which only their text tells apart.
 
     Raises:
         UserError: No space is left, or ``path`` is not writable.
@@ -329,7 +329,7 @@ def saving(path: Path) -> Iterator[None]:
             ) from error
         if isinstance(error, OSError):
             raise UserError(
-                f"{path} cannot be written ({error.strerror or error}): choose a place that is writable."
+                f"{path} cannot be written ({error.strerror or error}): choose a folder that is writable."
             ) from error
         raise
 

@@ -35,6 +35,9 @@ from flylora.projection import NonZeros
 from flylora.records import progress
 from flylora.tuner.config import FlyLoraConfig
 
+# Opening a large adapter takes as long as merging a module; what is read of it stays in memory until it is closed.
+_MODULES_BETWEEN_CLOSES = 16
+
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 # Blocks have alpha None, which the tuner reads as a scaling of 2 in every module whatever its rank; a power of two, so
@@ -85,9 +88,12 @@ def merge_to(
     result = result_class(layout, row, options)(layout, row, options, weights, statistics)
     tensors: dict[str, Tensor] = {}
     with progress(f"{row.name} of {len(layout.adapters)} adapters", len(layout.modules), quiet) as advance:
-        for module in layout.modules:
+        for number, module in enumerate(layout.modules, 1):
             for name, tensor in result.tensors(layout.at(module)).items():
                 tensors[f"{KEY_PREFIX}{module}.{name}"] = tensor
+            if number % _MODULES_BETWEEN_CLOSES == 0:
+                for adapter in layout.adapters:
+                    adapter.close()
             advance(1)
     save_adapter(folder, result.finish(tensors), tensors)
     return result.report

@@ -29,7 +29,33 @@ def _refuse_factor_average(method: object) -> object:
 
 @options
 @dataclass(frozen=True)
-class MergeOptions:
+class TextOptions:
+    """How texts are read for a merge.
+
+    Args:
+        share: Whether adapters that share a projection become one block, with the mean of their routing biases.
+        tokens: Which tokens of a calibration text count: answer (those that predict it), prompt or all.
+        model: Base model, where it is needed; the adapters' own if left out.
+        base_model: The name of the inputs' base model, where their configs give it different names.
+        batch_size: Texts per forward pass.
+        dtype: Of the base model; auto is bfloat16 where the device computes in it, else float32.
+        device: auto is the first GPU if there is one, else the CPU.
+        overwrite: Replace what out already holds.
+    """
+
+    share: bool = True
+    tokens: Tokens = "answer"
+    model: str | None = None
+    base_model: str | None = None
+    batch_size: Count = 8
+    dtype: DType = "auto"
+    device: str = "auto"
+    overwrite: bool = False
+
+
+@options
+@dataclass(frozen=True)
+class MergeOptions(TextOptions):
     """How to merge.
 
     Args:
@@ -40,18 +66,10 @@ class MergeOptions:
         rank: Limit the rank of a result that does not route (a LoRA); the sum of the inputs' ranks if left out.
         density: Share of each update's entries that the sparsifying methods keep; the method's default if left out.
         ridge: For least_squares: how strongly the weighted average pulls, relative to the codes' mean energy; chosen
-            for each module by held-out error if left out.
-        share: Whether adapters that share a projection become one block, with the mean of their routing biases.
-        tokens: Which tokens of a calibration text count: answer (those that predict it), prompt or all.
+            for each module by its error on unseen texts if left out.
         rounds: For least_squares with texts: passes over the texts; each after the first runs the adapter merged so
             far, so that its own activations are what counts.
-        model: Base model, where it is needed; the adapters' own if left out.
-        base_model: The name of the inputs' base model, where their configs give it different names.
-        batch_size: Texts per forward pass.
-        dtype: Of the base model; auto is bfloat16 where the device computes in it, else float32.
-        device: auto is the first GPU if there is one, else the CPU.
         seed: Of random pruning.
-        overwrite: Replace an adapter that out already holds.
     """
 
     method: Annotated[MethodName, BeforeValidator(_refuse_factor_average)] = "average"
@@ -59,13 +77,5 @@ class MergeOptions:
     rank: Count | None = None
     density: Annotated[float, Field(gt=0, le=1)] | None = None
     ridge: NonNegativeFloat | None = None
-    share: bool = True
-    tokens: Tokens = "answer"
     rounds: Count = 1
-    model: str | None = None
-    base_model: str | None = None
-    batch_size: Count = 8
-    dtype: DType = "auto"
-    device: str = "auto"
     seed: int = 0
-    overwrite: bool = False

@@ -31,10 +31,14 @@ def config(world: dict[str, Any], out: Path, **options: Any) -> MergeConfig:
     return MergeConfig(adapters=world["adapters"], out=str(out), **options)
 
 
+def calibration(world: dict[str, Any], out: str, **options: Any) -> CalibrateConfig:
+    return CalibrateConfig(adapters=world["adapters"], task=world["task"], out=out, texts=8, dtype="float32", **options)
+
+
 def test_calibrate_then_merge_is_merging_with_tasks(world: dict[str, Any], tmp_path: Path) -> None:
     files = [str(tmp_path / "1.safetensors"), str(tmp_path / "2.safetensors")]
     for file in files:
-        calibrate_adapters(CalibrateConfig(world["adapters"], world["task"], file, texts=8, dtype="float32"))
+        calibrate_adapters(calibration(world, file))
     shared: dict[str, Any] = {"adapters": world["adapters"], "method": "least_squares", "dtype": "float32", "texts": 8}
     by_files = merge_adapters(MergeConfig(**shared, out=str(tmp_path / "x"), calibrate=files))
     by_tasks = merge_adapters(MergeConfig(**shared, out=str(tmp_path / "y"), calibrate=[world["task"]] * 2))
@@ -43,7 +47,7 @@ def test_calibrate_then_merge_is_merging_with_tasks(world: dict[str, Any], tmp_p
     assert by_tasks.calibration[0]["run"] == "average"
     assert sum(by_tasks.parameters["ridge"].values()) == 6
     with pytest.raises(UserError, match="exists already"):
-        calibrate_adapters(CalibrateConfig(world["adapters"], world["task"], files[0], texts=8))
+        calibrate_adapters(calibration(world, files[0]))
     with pytest.raises(UserError, match="not files"):
         merge_adapters(MergeConfig(**shared, out=str(tmp_path / "z"), calibrate=files, rounds=2))
 
@@ -63,11 +67,7 @@ def test_a_second_round_runs_the_first_merge(world: dict[str, Any], tmp_path: Pa
     files = []
     for t in (0, 1):
         files.append(str(tmp_path / f"{t}.safetensors"))
-        calibrate_adapters(
-            CalibrateConfig(
-                world["adapters"], world["task"], files[t], texts=8, dtype="float32", run=str(tmp_path / "x")
-            )
-        )
+        calibrate_adapters(calibration(world, files[t], run=str(tmp_path / "x")))
     by_hand = merge_adapters(MergeConfig(**{**shared, "calibrate": files}, out=str(tmp_path / "z")))
     assert by_hand.adapter_fingerprint == twice.adapter_fingerprint
 

@@ -117,11 +117,11 @@ def item_losses(
             f"No {split} item of the task '{task.name}' fits in {task.max_length} tokens: raise its max_length."
         )
     if adapter is None:
-        found = token_log_likelihoods(loaded.model, rows, batch_size)
+        scores = token_log_likelihoods(loaded.model, rows, batch_size)
     else:
         with adapted(loaded, adapter) as (model, _):
-            found = token_log_likelihoods(model, rows, batch_size)
-    return ItemLosses([-math.fsum(values) for values in found], [len(values) for values in found])
+            scores = token_log_likelihoods(model, rows, batch_size)
+    return ItemLosses([-math.fsum(values) for values in scores], [len(values) for values in scores])
 
 
 def retention_table(
@@ -191,26 +191,39 @@ def losses_of_items(items: Sequence[dict[str, Any]]) -> ItemLosses:
     )
 
 
-def markdown(rows: Sequence[TaskRetention]) -> str:
-    """The table as Markdown."""
-    lines = [
-        "| task | items | base loss | single loss | merged loss | retention | accuracy base / single / merged |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+COLUMNS = ("task", "items", "model", "loss per answer token", "accuracy", "retention")
+
+
+def table_rows(rows: Sequence[TaskRetention]) -> list[tuple[str, ...]]:
+    """The table as text: for each task the base model, its single adapter and the merge, with standard errors."""
+    table: list[tuple[str, ...]] = []
     for row in rows:
-        accuracy = "–"
-        if row.accuracy:
-            accuracy = " / ".join(f"{100 * share:.1f} ± {100 * error:.1f} %" for share, error in row.accuracy.values())
-        kept = "–" if row.retention is None else f"{row.retention:.3f} ± {row.retention_stderr:.3f}"
-        lines.append(
-            f"| {row.task} | {row.items} | {row.base:.3f} ± {row.base_stderr:.3f} | {row.single:.3f} ± "
-            f"{row.single_stderr:.3f} "
-            f"| {row.merged:.3f} ± {row.merged_stderr:.3f} | {kept} | {accuracy} |"
-        )
+        values = asdict(row)
+        for who in ("base", "single", "merged"):
+            share, error = (row.accuracy or {}).get(who, (None, 0.0))
+            table.append(
+                (
+                    *((row.task, f"{row.items:,}") if who == "base" else ("", "")),
+                    who,
+                    _with_error(values[who], values[f"{who}_stderr"]),
+                    "–" if share is None else f"{100 * share:.1f} ± {100 * error:.1f} %",
+                    _with_error(row.retention, row.retention_stderr) if who == "merged" else "",
+                )
+            )
     mean = mean_retention(rows)
     if mean is not None:
-        lines.append(f"| mean | | | | | {mean[0]:.3f} ± {mean[1]:.3f} | |")
-    return "\n".join(lines) + "\n"
+        table.append(("mean", "", "", "", "", _with_error(*mean)))
+    return table
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    return "–" if value is None else f"{value:.3f} ± {error:.3f}"
+
+
+def markdown(rows: Sequence[TaskRetention]) -> str:
+    """The table as Markdown."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *table_rows(rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def as_json(rows: Sequence[TaskRetention]) -> list[dict[str, Any]]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flylora.activations import Tokens
 from flylora.errors import UserError
 from flylora.lab.tasks import Split
-from flylora.merging.options import DType, MergeOptions
+from flylora.merging.options import MergeOptions, TextOptions
 from flylora.options import Count, options
 
 DEFAULT_TEXTS = 128
@@ -94,8 +93,8 @@ class MergeConfig(MergeOptions, TaskTexts, EvaluateOptions, SearchOptions):
 
 
 @options
-@dataclass(frozen=True)
-class CalibrateConfig:
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig(TextOptions):
     """Settings of one calibration: statistics of one task's tokens under all adapters of a later merge.
 
     Args:
@@ -105,15 +104,7 @@ class CalibrateConfig:
         run: Adapter folder that is active while the texts are read, e.g. the one trained on the task, or an earlier
             merge; the plain average of the adapters if left out, and none for ``none``.
         texts: How many texts of the task's training split, drawn at random.
-        tokens: Which tokens of a text count: answer (those that predict it), prompt or all.
-        model: Base model; the adapters' own if left out.
-        share: As for the merge.
-        base_model: The name of the inputs' base model, where their configs give it different names.
         data_dir: Folder that a YAML task's data files are relative to; the YAML file's own folder if left out.
-        batch_size: Texts per forward pass.
-        dtype: Of the base model; auto is bfloat16 where the device computes in it, else float32.
-        device: auto is the first GPU if there is one, else the CPU.
-        overwrite: Replace the file out if it exists.
     """
 
     adapters: list[str]
@@ -121,15 +112,7 @@ class CalibrateConfig:
     out: str
     run: str | None = None
     texts: Count = DEFAULT_TEXTS
-    tokens: Tokens = "answer"
-    model: str | None = None
-    share: bool = True
-    base_model: str | None = None
     data_dir: str | None = None
-    batch_size: Count = 8
-    dtype: DType = "auto"
-    device: str = "auto"
-    overwrite: bool = False
 
     def __post_init__(self) -> None:
         """Raises ``UserError`` without an adapter."""
