@@ -22,7 +22,7 @@ from flylora.cli import COMMANDS, Command
 from flylora.errors import UserError
 from flylora.lab.evaluation import EvalConfig
 from flylora.lab.merging import MergeConfig
-from flylora.lab.training import TrainConfig
+from flylora.lab.training.config import TrainConfig
 from flylora.lab.training.interrupt import TrainingInterrupted
 from flylora_cli import main
 

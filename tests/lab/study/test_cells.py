@@ -14,7 +14,7 @@ from flylora.lab.study import load_study
 from flylora.lab.study.cells import Cache, checksums, run_cell, same_settings
 from flylora.lab.study.plan import plan
 from flylora.lab.study.record import read_cell
-from flylora.lab.training import TrainConfig
+from flylora.lab.training.config import TrainConfig
 from flylora.models import load_model
 
 Save = Callable[..., Path]

@@ -21,7 +21,8 @@ from flylora.lab.study import run as running
 from flylora.lab.study.plan import plan
 from flylora.lab.study.record import CellRecord, read_cell
 from flylora.lab.study.run import StudyResult, run_study
-from flylora.lab.training import TrainConfig, callbacks
+from flylora.lab.training import callbacks
+from flylora.lab.training.config import TrainConfig
 from flylora.lab.training.interrupt import TrainingInterrupted
 from flylora.records import adapter_fingerprint, read_record
 from flylora_cli import main

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flylora.errors import UserError
-from flylora.lab.training import TrainConfig
+from flylora.lab.training.config import TrainConfig
 
 
 def config(**changes: Any) -> TrainConfig:

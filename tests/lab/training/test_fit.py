@@ -21,8 +21,9 @@ from flylora.errors import UserError
 from flylora.inspection import inspect
 from flylora.lab.data import encode_all
 from flylora.lab.tasks import load_task
-from flylora.lab.training import TrainConfig, train
 from flylora.lab.training.callbacks import RunCallback
+from flylora.lab.training.config import TrainConfig
+from flylora.lab.training.fit import fit as train
 from flylora.lab.training.interrupt import TrainingInterrupted
 from flylora.lab.training.record import TrainRecord
 from flylora.lab.training.trainer import AdapterTrainer

@@ -19,8 +19,9 @@ from conftest import make_model
 from flylora import FlyLoraConfig
 from flylora.adapted import adapted
 from flylora.errors import UserError
-from flylora.lab.training import TrainConfig, train
 from flylora.lab.training.callbacks import RunCallback
+from flylora.lab.training.config import TrainConfig
+from flylora.lab.training.fit import fit as train
 from flylora.lab.training.methods import attach, method_config, method_names, set_up
 from flylora.lab.training.presets import PRESETS, AdaLoraCallback, Run, preset
 from flylora.lab.training.run_folder import RunFolder

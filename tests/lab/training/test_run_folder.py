@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flylora.errors import UserError
-from flylora.lab.training import TrainConfig
+from flylora.lab.training.config import TrainConfig
 from flylora.lab.training.record import TrainRecord
 from flylora.lab.training.run_folder import RunFolder
 from flylora.records import provenance

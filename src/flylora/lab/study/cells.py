@@ -26,7 +26,8 @@ from flylora.lab.merging import MergeConfig, merge_adapters
 from flylora.lab.study.plan import Cell
 from flylora.lab.study.record import ADAPTER, CELL_RECORD, EVAL_RECORD, CellRecord, cell_folder, read_cell
 from flylora.lab.tasks import load_task
-from flylora.lab.training import TrainConfig, train
+from flylora.lab.training.config import TrainConfig
+from flylora.lab.training.fit import fit as train
 from flylora.lab.training.record import RECORD_NAME, TrainRecord
 from flylora.models import LoadedModel, first_line, load_model, resolve_model
 from flylora.records import (
