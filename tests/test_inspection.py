@@ -84,6 +84,15 @@ def test_an_altered_seed_is_a_mismatch_and_not_a_crash(folder: Path) -> None:
     assert "MISMATCH" in shown(folder)
 
 
+def test_an_adapter_that_does_not_state_its_sizes_cannot_be_checked(folder: Path) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "in_features": None}))
+    summary = inspect(folder)
+    assert summary.intact is None
+    assert {module.shape for module in summary.modules} == {(32, None)}
+    assert "some could not be checked" in shown(folder)
+
+
 def test_without_recorded_loads_none_are_shown(folder: Path) -> None:
     (folder / EXPERT_LOAD_FILE).unlink()
     assert all(module.load is None for module in inspect(folder).modules)

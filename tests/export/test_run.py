@@ -62,6 +62,8 @@ def test_nothing_is_measured_on_an_empty_list(routed: Path, loaded: LoadedModel,
     measured = export(routed, tmp_path / "dense", method="dense", held_out=["a fly"], model=loaded)
     assert measured.gap is not None
     assert measured.fit == {}
+    read_once = export(routed, tmp_path / "once", texts=(line for line in ["a", "b"]), model=loaded)
+    assert (read_once.texts[0]["texts"], read_once.texts[0]["held_out_texts"]) == (1, 1)
 
 
 @pytest.mark.parametrize("which", ["routed", "linear"])
@@ -100,6 +102,7 @@ def test_an_adapter_that_does_not_state_its_sizes_asks_for_the_model(
         ({"texts": []}, "needs text"),
         ({"texts": "a fly"}, "put it in a list"),
         ({"texts": ["", ""]}, "needs text"),
+        ({"method": "dense", "held_out": "a fly"}, "put it in a list"),
         ({"texts": [3]}, "is a int"),
         ({"to": "gguf"}, "to is 'gguf'"),
         ({"method": "dens"}, "did you mean 'dense'"),

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from flylora.activations import modules_by_name
 from flylora.errors import UserError
 from flylora.export.linear import LinearFactors
-from flylora.export.options import SaveDType
+from flylora.merging.options import DType
 from flylora.models import first_line
 from flylora.records import progress, saving
 
@@ -69,7 +69,7 @@ def write_full(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    save_dtype: SaveDType,
+    save_dtype: DType,
     shard_gb: float,
 ) -> None:
     """Write a model folder: config, generation config, sharded safetensors, tokenizer and chat template.

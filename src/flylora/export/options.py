@@ -8,12 +8,11 @@ from typing import Literal
 from pydantic import NonNegativeFloat, PositiveFloat
 
 from flylora.errors import UserError
+from flylora.merging.options import DType
 from flylora.options import Count, options
 
 Target = Literal["lora", "full"]
 Method = Literal["calibrated", "dense", "regression"]
-SaveDType = Literal["auto", "float32", "bfloat16", "float16"]
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @options
@@ -52,7 +51,7 @@ class ExportOptions:
     rank: Count | None = None
     moments_gb: PositiveFloat = 4.0
     model: str | None = None
-    save_dtype: SaveDType = "auto"
+    save_dtype: DType = "auto"
     shard_gb: PositiveFloat = 2.0
     batch_size: Count = 8
     max_length: Count = 512

@@ -24,8 +24,9 @@ from flylora.export.full import add_updates, write_full
 from flylora.export.gap import Gap, GapMeter
 from flylora.export.linear import LinearFactors
 from flylora.export.lora import write_lora
-from flylora.export.options import DType, ExportOptions, Method, SaveDType, Target
+from flylora.export.options import ExportOptions, Method, Target
 from flylora.export.record import RECORD_NAME, ExportRecord
+from flylora.merging.options import DType
 from flylora.models import LoadedModel, Model, load_base, load_model
 from flylora.records import file_sha256, new_folder, now, provenance, refuse_existing, write_record
 from flylora.texts import Encoded, Text, encode_texts, hold_out
@@ -76,7 +77,7 @@ def export(
     rank: int | None = None,
     moments_gb: float = 4.0,
     model: Model | None = None,
-    save_dtype: SaveDType = "auto",
+    save_dtype: DType = "auto",
     shard_gb: float = 2.0,
     batch_size: int = 8,
     max_length: int = 512,
@@ -113,8 +114,8 @@ def export(
         model=model if isinstance(model, str) else None, save_dtype=save_dtype, shard_gb=shard_gb,
         batch_size=batch_size, max_length=max_length, dtype=dtype, device=device, seed=seed, overwrite=overwrite,
     )  # fmt: skip
-    given = None if texts is None else list(texts) if not isinstance(texts, str) else texts
-    other = None if held_out is None else list(held_out)
+    # Iterators are read once; a lone string is left for encode_texts to refuse.
+    given, other = (list(part) if part and not isinstance(part, str) else part for part in (texts, held_out))
 
     def read(tokenizer: PreTrainedTokenizerBase) -> list[Source]:
         rows = encode_texts(given or [], tokenizer, max_length)
