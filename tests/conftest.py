@@ -18,6 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flylora.kernels import cpu as native
 
+CACHE_FOLDER = native.cache_folder()  # the user's, before a test moves it
+
 pytest_plugins = ["exported_adapters", "saved_adapters"]
 
 CHAT_TEMPLATE = (
@@ -34,12 +36,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="session")
 def compiled_kernel() -> Path:
-    """The native kernel's file as `make test` compiles it, beside the packages of the environment."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(Path(sys.prefix) / "cache"))
-        path = native.library_path()
-    if not path.exists():
-        pytest.skip("the native kernel is not compiled (make test does it where there is a C++ compiler)")
+    """The kernel's file as `make setup` compiles it: in the user's cache, or in one of the environment's own."""
+    for folder in (CACHE_FOLDER, Path(sys.prefix) / "cache" / "flylora" / "native"):
+        path = folder / native.library_path().name
+        if path.exists():
+            break
+    else:
+        pytest.skip("the kernel is not compiled (make setup does it where there is a C++ compiler)")
     return path
 
 

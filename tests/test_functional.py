@@ -14,13 +14,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flylora import functional
-from flylora.functional import Block
+from flylora.functional import Adapter, Block, Frozen
 from flylora.projection import densify, derive_seed, draw_nonzeros
 from reference import flylora as reference
 
 SELECTIONS = ("magnitude", "signed", "biased_magnitude", "random", "all")
 MODEST = settings(max_examples=25, deadline=None, derandomize=True)
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def routed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *adapter: Any) -> Tensor:
+    """The frozen product and the routed update in one pass."""
+    return functional.routed_update(x, Frozen(weight, bias), Adapter(*adapter))
+
+
+def routed_update(base: Tensor, x: Tensor, *adapter: Any) -> Tensor:
+    """The routed update of a base output that was computed before."""
+    return functional.routed_update(x, base, Adapter(*adapter))
 
 
 class Problem:
@@ -135,11 +145,11 @@ def _run_and_compare(problem: Problem, fused: bool, with_bias: bool, leading: tu
     result = problem.expected(with_bias)
     if fused:
         base = None
-        out = functional.routed_linear(x, problem.weight, bias, *routing)
+        out = routed_linear(x, problem.weight, bias, *routing)
     else:
         # The base is a leaf: its gradient and x's through the update alone are seen apart.
         base = torch.nn.functional.linear(x.detach(), problem.weight, bias).requires_grad_()
-        out = functional.routed_update(base, x, *routing)
+        out = routed_update(base, x, *routing)
     assert out.dtype == dtype
     assert out.shape == (*leading, problem.weight.shape[0])
     assert not load.any(), "forward alone must not count"
@@ -202,7 +212,7 @@ def test_strided_inputs_and_gradients(fused: bool) -> None:
     routing = (problem.projection, up, problem.routing_bias, problem.blocks, problem.scaling)
     weight = problem.weight.t().contiguous().t()
     base = torch.nn.functional.linear(x, weight)
-    out = functional.routed_linear(x, weight, None, *routing) if fused else functional.routed_update(base, x, *routing)
+    out = routed_linear(x, weight, None, *routing) if fused else routed_update(base, x, *routing)
     out.backward(grad)
     result = problem.expected(with_bias=False)
     _close(out.detach(), result.output, torch.float64)
@@ -223,8 +233,8 @@ def test_k_equal_r_is_lora_with_a_frozen_a(blocks: list[Block], dtype: torch.dty
     wanted = torch.autograd.grad(plain, (x, up), problem.grad)
     routing = (problem.projection, up, problem.routing_bias, problem.blocks, problem.scaling)
     for out in (
-        functional.routed_linear(x, problem.weight, problem.bias, *routing),
-        functional.routed_update(torch.nn.functional.linear(x, problem.weight, problem.bias), x, *routing),
+        routed_linear(x, problem.weight, problem.bias, *routing),
+        routed_update(torch.nn.functional.linear(x, problem.weight, problem.bias), x, *routing),
     ):
         _close(out.detach(), plain.tolist(), dtype)
         for actual, expected in zip(torch.autograd.grad(out, (x, up), problem.grad), wanted, strict=True):
@@ -238,9 +248,7 @@ def test_exactly_k_ranks_act_on_each_token(selection: Any, blocks: list[tuple[in
     problem.x = torch.randn(50, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))  # no y is 0
     identity = torch.eye(sum(problem.ranks), dtype=torch.float64)
     base = torch.zeros(50, len(identity), dtype=torch.float64)
-    codes = functional.routed_update(
-        base, problem.x, problem.projection, identity, problem.routing_bias, problem.blocks, 1.0
-    )
+    codes = routed_update(base, problem.x, problem.projection, identity, problem.routing_bias, problem.blocks, 1.0)
     y = problem.x @ problem.projection.t()
     torch.testing.assert_close(codes, torch.where(codes != 0, y, 0.0))
     for part, (_, k) in zip((codes != 0).split(problem.ranks, dim=1), blocks, strict=True):
@@ -253,12 +261,12 @@ def test_zero_b_gives_the_base_bit_for_bit(dtype: torch.dtype) -> None:
     up = torch.zeros_like(problem.up)
     base = torch.nn.functional.linear(problem.x, problem.weight, problem.bias)
     routing = (problem.projection, up, problem.routing_bias, problem.blocks, problem.scaling)
-    assert torch.equal(functional.routed_update(base, problem.x, *routing), base)
-    assert torch.equal(functional.routed_linear(problem.x, problem.weight, problem.bias, *routing), base)
+    assert torch.equal(routed_update(base, problem.x, *routing), base)
+    assert torch.equal(routed_linear(problem.x, problem.weight, problem.bias, *routing), base)
     strided = problem.x.view(5, 8, 24).transpose(0, 1)
     for bias in (None, problem.bias):
         base = torch.nn.functional.linear(strided, problem.weight, bias)
-        assert torch.equal(functional.routed_linear(strided, problem.weight, bias, *routing), base)
+        assert torch.equal(routed_linear(strided, problem.weight, bias, *routing), base)
 
 
 def test_the_given_base_output_is_left_alone() -> None:
@@ -266,7 +274,7 @@ def test_the_given_base_output_is_left_alone() -> None:
     base = torch.nn.functional.linear(problem.x, problem.weight)
     before = base.clone()
     routing = (problem.projection, problem.up, problem.routing_bias, problem.blocks, problem.scaling)
-    functional.routed_update(base, problem.x, *routing)
+    routed_update(base, problem.x, *routing)
     assert torch.equal(base, before)
 
 
@@ -277,7 +285,7 @@ def test_empty_batches_and_single_vectors(shape: tuple[int, ...]) -> None:
     up = problem.up.clone().requires_grad_()
     load = torch.zeros(4, dtype=torch.int64)
     routing = (problem.projection, up, problem.routing_bias, problem.blocks, problem.scaling, load)
-    out = functional.routed_linear(x, problem.weight, problem.bias, *routing)
+    out = routed_linear(x, problem.weight, problem.bias, *routing)
     assert out.shape == (*shape[:-1], 4)
     out.sum().backward()
     assert x.grad is not None
@@ -289,7 +297,7 @@ def test_empty_batches_and_single_vectors(shape: tuple[int, ...]) -> None:
 
 
 def _counting(problem: Problem, load: Tensor, up: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    return functional.routed_linear(
+    return routed_linear(
         x, problem.weight, None, problem.projection, up, problem.routing_bias, problem.blocks, 1.0, load, mask
     )
 
@@ -380,9 +388,7 @@ def test_the_bias_moves_the_selection_and_never_the_output() -> None:
     same = (plain == pushed).all(dim=1)
     assert 0 < int(same.sum()) < len(same)
     outputs = [
-        functional.routed_linear(
-            problem.x, problem.weight, None, problem.projection, problem.up, d, problem.blocks, 1.0
-        )
+        routed_linear(problem.x, problem.weight, None, problem.projection, problem.up, d, problem.blocks, 1.0)
         for d in (torch.zeros(8, dtype=torch.float64), problem.routing_bias * 4)
     ]
     assert torch.equal(outputs[0][same], outputs[1][same])
@@ -460,9 +466,7 @@ def test_x_is_not_kept_and_codes_are_few() -> None:
     x, up = problem.x.clone().requires_grad_(), problem.up.clone().requires_grad_()
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
-        functional.routed_linear(
-            x, problem.weight, None, problem.projection, up, problem.routing_bias, problem.blocks, 1.0
-        )
+        routed_linear(x, problem.weight, None, problem.projection, up, problem.routing_bias, problem.blocks, 1.0)
     frozen = {t.untyped_storage().data_ptr() for t in (problem.weight, problem.projection, up)}
     kept = [t for t in saved if t.untyped_storage().data_ptr() not in frozen]
     assert x.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in saved}
@@ -499,7 +503,7 @@ def test_no_temporary_of_the_outputs_or_inputs_size(dtype: torch.dtype) -> None:
         return sorted(size for where, size in seen.elements.items() if size >= tokens * n and where not in given_)
 
     with _Allocations() as forward:
-        out = functional.routed_linear(x, problem.weight, problem.bias, *routing)
+        out = routed_linear(x, problem.weight, problem.bias, *routing)
     # x in float32 for the projection is the one copy, in half precision only.
     copies = [] if dtype == torch.float32 else [tokens * n]
     assert large(forward, [x, problem.weight]) == sorted([tokens * m, *copies])

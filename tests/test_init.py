@@ -13,7 +13,7 @@ from peft.utils.peft_types import PeftType
 from transformers import AutoModelForCausalLM
 
 import flylora
-from flylora.tuner.registration import register
+from flylora.tuner.peft_compat import register
 from fresh import run_fresh
 from tiny_models import config, llama
 

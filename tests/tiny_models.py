@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from flylora import FlyLoraConfig, FlyLoraLinear
+from flylora.functional import Adapter
 
 VOCABULARY = 64
 
@@ -116,15 +117,15 @@ def layers(model: nn.Module) -> list[FlyLoraLinear]:
     return [module for module in model.modules() if isinstance(module, FlyLoraLinear)]
 
 
-def update_arguments(layer: FlyLoraLinear) -> dict[str, Any]:
-    """What the pure functions take of a layer's one adapter."""
-    return {
-        "projection": layer.flylora_A["default"],
-        "up": layer.flylora_B["default"],
-        "routing_bias": layer.routing_bias("default"),
-        "blocks": layer.routing["default"],
-        "scaling": layer.scaling["default"],
-    }
+def adapter_of(layer: FlyLoraLinear) -> Adapter:
+    """A layer's one adapter, as the pure functions take it."""
+    return Adapter(
+        projection=layer.flylora_A["default"],
+        up=layer.flylora_B["default"],
+        routing_bias=layer.routing_bias("default"),
+        blocks=layer.routing["default"],
+        scaling=layer.scaling["default"],
+    )
 
 
 def randomize(model: nn.Module, adapter: str = "default", seed: int = 1, scale: float = 0.5) -> nn.Module:

@@ -83,10 +83,7 @@ class ModuleFactors:
         """The routing as `flylora.functional` takes it; one linear block for a LoRA."""
         if not self.blocks:
             return (Block(self.rank, self.rank, "all"),)
-        return tuple(
-            Block(block.r, block.k, block.selection, seed % (1 << 32))
-            for block, seed in zip(self.blocks, self.identity.seeds, strict=True)
-        )
+        return tuple(block.routing(seed) for block, seed in zip(self.blocks, self.identity.seeds, strict=True))
 
     @property
     def is_linear(self) -> bool:
@@ -106,8 +103,8 @@ class ModuleFactors:
         """d = balance_rate x steps, (r,) float32, in the units of the scores."""
         if not self.blocks:
             return torch.zeros(self.rank)
-        rates = torch.cat([torch.full((block.r,), block.balance_rate) for block in self.blocks])
-        return self.steps.float() * rates
+        ranks, rates = [block.r for block in self.blocks], [block.balance_rate for block in self.blocks]
+        return functional.routing_bias(self.steps, ranks, rates)
 
     def scaled_up(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """s B, (m, r)."""

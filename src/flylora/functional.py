@@ -1,6 +1,6 @@
 r"""The mathematics of FlyLoRA as pure functions (Zou et al., NeurIPS 2025, arXiv 2510.08396v2).
 
-Legend, used in every docstring below:
+Legend, used in every docstring and in the comments on shapes:
 
 ====== ========== ==================================================================================
 symbol shape      meaning
@@ -8,25 +8,27 @@ symbol shape      meaning
 N                 tokens
 n, m              in_features, out_features of the adapted layer
 W      (m, n)     frozen pretrained weight
-A      (r, n)     frozen sparse random projection: down-projection and implicit router in one
+A      (r, n)     frozen sparse random projection: it projects the input and its outputs choose the ranks
 B      (m, r)     trainable up-projection; its column b_i is a rank-1 expert
 x      (N, n)     layer input
 y      (N, r)     y = x A^T, the projections
 z      (N, r)     routed codes: y where a rank was selected, 0 elsewhere
 d      (r,)       routing bias; moves the selection only, never the output (Eq. 9)
-r, k              total and active rank; p non-zeros in each row of A, density rho = p/n
+r, k              total and active rank; K = sum of k over the blocks
 T                 blocks: independent projections stacked along r, each with its own top-k (1 unless merged)
 ====== ========== ==================================================================================
 
 Forward (Eq. 7, 8, 10, 11):  out = W x + s * sum_{i in I} b_i y_i,  I = the k largest scores,  s = alpha / r.
+
+Read it from [`routed_update`], which is what a layer calls (through `flylora.kernels`, which may know a faster way).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,6 +53,141 @@ class Block(NamedTuple):
         return self.k >= self.r or self.selection == "all"
 
 
+class Adapter(NamedTuple):
+    """One adapter of one layer, as the routed update takes it.
+
+    Attributes:
+        projection: A, (r, n), on the bfloat16 grid. up: B, (m, r). routing_bias: d, (r,).
+        blocks: how the rank axis is divided and routed. scaling: s = alpha / r.
+        load: (r,) int64; backward adds to it how many tokens chose each rank. None: nothing is counted.
+        token_mask: (N,) bool; tokens that are False (padding) are not counted.
+    """
+
+    projection: Tensor
+    up: Tensor
+    routing_bias: Tensor
+    blocks: tuple[Block, ...]
+    scaling: float
+    load: Tensor | None = None
+    token_mask: Tensor | None = None
+
+
+class Frozen(NamedTuple):
+    """A frozen linear layer whose product is still to be computed: W, (m, n), and its bias, (m,)."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+# --- the routed update ---------------------------------------------------------------------------------------
+
+
+def routed_update(x: Tensor, base: Tensor | Frozen, adapter: Adapter) -> Tensor:
+    """out = base + s * sum_{i in I} b_i y_i for every token (Eq. 7, 8, 10, 11).
+
+    Args:
+        x: (..., n), the layer's input.
+        base: what the frozen layer gave, (..., m); or the frozen layer itself, whose product x W^T + bias is then
+            computed here, without a temporary of the output's or the input's size. W and its bias get no gradient.
+        adapter: A, B, d and how they act.
+
+    Returns:
+        (..., m), in the dtype of the base. Gradients: to base, x and B, all exact.
+    """
+    output, frozen = (base, Frozen(None, None)) if isinstance(base, Tensor) else (None, base)  # type: ignore[arg-type]
+    if torch.is_grad_enabled():
+        out: Tensor = _RoutedUpdate.apply(x, output, *frozen, *adapter)
+        return out
+    return _forward(x, output, frozen, adapter)[0]
+
+
+def _forward(
+    x: Tensor, output: Tensor | None, frozen: Frozen, adapter: Adapter
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """out (..., m), the selected ranks (N, K) int64 (None: all of them) and their codes (N, K)."""
+    y = project(x.reshape(-1, x.shape[-1]), adapter.projection)  # (N, r)
+    ranks, codes, z = None, y, y
+    if not all(block.is_linear for block in adapter.blocks):
+        ranks = select(y, adapter.routing_bias, adapter.blocks)  # (N, K)
+        codes = y.gather(1, ranks)  # (N, K)
+        z = _spread(codes, ranks, y.shape[1])  # (N, r)
+    with _without_autocast(x.device.type):
+        if output is None:
+            # On x as it came: a strided x flattened first gives other last bits than the layer itself would.
+            out = F.linear(x, *frozen).contiguous()  # (..., m)
+            flat = out.view(-1, out.shape[-1])  # (N, m)
+            flat.addmm_(z.to(out.dtype), adapter.up.to(out.dtype).t(), alpha=adapter.scaling)
+        else:
+            flat = output.reshape(-1, output.shape[-1])  # (N, m)
+            out = torch.addmm(flat, z.to(flat.dtype), adapter.up.to(flat.dtype).t(), alpha=adapter.scaling)
+            out = out.view(output.shape)  # (..., m)
+    return out, ranks, codes
+
+
+class _RoutedUpdate(torch.autograd.Function):
+    """[`routed_update`] with its exact gradient; keeps k codes and k small indices a token, never x.
+
+    Expert loads are counted in backward, so that a recomputed forward (gradient checkpointing) counts once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, output: Tensor | None, weight: Any, bias: Any, *tensors: Any) -> Tensor:
+        adapter = Adapter(*tensors)
+        out, ranks, codes = _forward(x, output, Frozen(weight, bias), adapter)
+        small = None if ranks is None else ranks.to(_narrowest_integer(adapter.up.shape[1]))
+        ctx.save_for_backward(small, codes, adapter.projection, adapter.up, weight)
+        # Not among the saved tensors: backward adds to the load in place, which autograd would take for a mistake as
+        # soon as two forwards precede their backwards; and a checkpointed layer must count by its own forward's mask.
+        ctx.load, ctx.token_mask, ctx.scaling = adapter.load, adapter.token_mask, adapter.scaling
+        ctx.in_shape, ctx.in_dtype = x.shape, x.dtype
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        small, codes, projection, up, weight = ctx.saved_tensors
+        need_x, need_output, need_up = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[5]
+        grad = grad_out.reshape(-1, grad_out.shape[-1])  # (N, m)
+        ranks = None if small is None else small.long()  # (N, K)
+        grad_x = grad_up = None
+        with _without_autocast(grad.device.type):
+            if need_x:
+                grad_z = grad @ up.to(grad.dtype)  # (N, r)
+                if ranks is not None:
+                    grad_z = _spread(grad_z.gather(1, ranks), ranks, up.shape[1])
+                down = projection.to(grad.dtype)
+                if weight is None:
+                    grad_x = (grad_z * ctx.scaling) @ down  # (N, n)
+                else:
+                    grad_x = (grad @ weight.to(grad.dtype)).addmm_(grad_z, down, alpha=ctx.scaling)
+                grad_x = grad_x.to(ctx.in_dtype).view(ctx.in_shape)
+            if need_up:
+                z = codes.to(grad.dtype)
+                if ranks is not None:
+                    z = _spread(z, ranks, up.shape[1])  # (N, r)
+                grad_up = (grad.t() @ z).to(up.dtype).mul_(ctx.scaling)  # (m, r)
+                if ctx.load is not None and ranks is not None:  # only here: a frozen adapter is not balanced
+                    add_expert_load(ctx.load, ranks, ctx.token_mask)
+        return grad_x, grad_out if need_output else None, None, None, None, grad_up, None, None, None, None, None
+
+
+def _spread(codes: Tensor, ranks: Tensor, r: int) -> Tensor:
+    """Codes (N, K) at their ranks (N, K) of a row of r, and 0 elsewhere: (N, r)."""
+    return codes.new_zeros(codes.shape[0], r).scatter_(1, ranks, codes)
+
+
+def _narrowest_integer(r: int) -> torch.dtype:
+    """The smallest integer type that holds a rank's index: what backward keeps is k of these a token."""
+    return torch.uint8 if r <= 256 else torch.int16 if r <= 32768 else torch.int32
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off inside the block. Entering torch's own context takes longer than a small layer's products."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type=device_type, enabled=False)
+    return nullcontext()
+
+
 # --- routing -------------------------------------------------------------------------------------------------
 
 
@@ -65,19 +202,7 @@ def project(x: Tensor, projection: Tensor) -> Tensor:
     """
     dtype = x.dtype if x.dtype == projection.dtype else torch.promote_types(x.dtype, torch.float32)
     with _without_autocast(x.device.type):
-        return F.linear(_as(x, dtype), _as(projection, dtype))
-
-
-def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in a dtype; a look at it is quicker than a call of ``to`` that does nothing."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast off inside the block. Entering torch's own context takes longer than a small layer's products."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type=device_type, enabled=False)
-    return nullcontext()
+        return F.linear(x.to(dtype), projection.to(dtype))
 
 
 def _hash_noise(y: Tensor, seed: int) -> Tensor:
@@ -111,11 +236,11 @@ def scores(y: Tensor, routing_bias: Tensor, selection: Selection, noise_seed: in
         (N, r), in the dtype of y.
     """
     if selection == "magnitude":
-        return y.abs() + _as(routing_bias, y.dtype)
+        return y.abs() + routing_bias.to(y.dtype)
     if selection == "signed":
-        return y + _as(routing_bias, y.dtype)
+        return y + routing_bias.to(y.dtype)
     if selection == "biased_magnitude":
-        return (y + _as(routing_bias, y.dtype)).abs()
+        return (y + routing_bias.to(y.dtype)).abs()
     if selection == "random":
         return _hash_noise(y, noise_seed)
     raise ValueError(f"selection '{selection}' has no scores")
@@ -125,275 +250,51 @@ def select(y: Tensor, routing_bias: Tensor, blocks: tuple[Block, ...]) -> Tensor
     """I, the selected ranks of each token: in every block the k largest scores (Eq. 8, 10).
 
     Args:
-        y: (N, sum of r). routing_bias: (sum of r,). blocks: how r is divided and how each part is routed.
+        y: (N, r). routing_bias: d, (r,). blocks: how r is divided and how each part is routed.
 
     Returns:
-        (N, sum of k) int64 indices into the rank axis; unordered within a block.
+        (N, K) int64 indices into the rank axis; unordered within a block.
     """
-    first = blocks[0]
-    if len(blocks) == 1 and not first.is_linear:
-        return _largest(scores(y, routing_bias, first.selection, first.noise_seed), first.k)
-    stackable = first.selection != "random" and not first.is_linear  # noise depends on a rank's place in its block
-    if len(blocks) > 1 and stackable and all(block == first for block in blocks):
-        shape = (y.shape[0], len(blocks), first.r)
-        score = scores(y, routing_bias, first.selection, first.noise_seed).view(shape)
-        chosen = _largest(score, first.k)
-        offsets = torch.arange(len(blocks), device=y.device).mul(first.r).view(1, -1, 1)
-        return (chosen + offsets).flatten(1)
+    first, count = blocks[0], len(blocks)
+    if not first.is_linear and all(block == first for block in blocks) and (count == 1 or first.selection != "random"):
+        score = scores(y, routing_bias, first.selection, first.noise_seed)  # (N, r)
+        ranks = score.view(y.shape[0], count, first.r).topk(first.k, dim=2, sorted=False).indices  # (N, T, k)
+        if count > 1:
+            ranks = ranks + torch.arange(0, count * first.r, first.r, device=y.device).view(1, count, 1)
+        return ranks.flatten(1)
     parts, start = [], 0
     for block in blocks:
         stop = start + block.r
         if block.is_linear:
-            part = torch.arange(start, stop, device=y.device).expand(y.shape[0], block.r)
+            part = torch.arange(block.r, device=y.device).expand(y.shape[0], block.r)
         else:
             score = scores(y[:, start:stop], routing_bias[start:stop], block.selection, block.noise_seed)
-            part = _largest(score, block.k)
-            part = part + start if start else part
-        parts.append(part)
+            part = score.topk(block.k, dim=1, sorted=False).indices
+        parts.append(part + start)
         start = stop
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-# Below so many scores torch.topk is as fast as the way round it.
-_WORTH_SORTING = 2048
-
-
-def _largest(score: Tensor, k: int) -> Tensor:
-    """Indices (..., k), int64, of the k largest along the last axis, in no order; k < r.
-
-    On the CPU torch.topk takes longer than any product of the layer. There NumPy, which sorts short rows with vector
-    instructions, finds the k-th largest score instead, and the indices are those of the scores not below it; rows where
-    more than k are not (equal scores), and scores that are not finite, are left to torch.topk.
-    """
-    on_cpu = score.device.type == "cpu" and score.dtype == torch.float32
-    if not on_cpu or score.numel() < _WORTH_SORTING or torch.compiler.is_compiling():
-        return score.topk(k, dim=-1, sorted=False).indices
-    r = score.shape[-1]
-    rows = score.detach().contiguous().view(-1, r)
-    ascending = np.sort(rows.numpy(), axis=1)
-    kept = rows >= torch.from_numpy(ascending[:, r - k, None])
-    places = np.flatnonzero(kept.numpy())
-    if len(places) != len(rows) * k or not np.isfinite(ascending[:, -1]).all():
-        return score.topk(k, dim=-1, sorted=False).indices
-    return torch.from_numpy(places).view(*score.shape[:-1], k).remainder_(r)
+    return torch.cat(parts, dim=1)
 
 
 def routed_codes(y: Tensor, indices: Tensor) -> Tensor:
     """z (N, r): y at the selected ranks and 0 elsewhere."""
-    return torch.zeros_like(y).scatter_(1, indices, y.gather(1, indices))
-
-
-def _index_dtype(r: int) -> torch.dtype:
-    """The smallest integer type that holds a rank's index: what backward keeps is k of these a token."""
-    return torch.uint8 if r <= 256 else torch.int16 if r <= 32768 else torch.int32
-
-
-class _RoutedLinear(torch.autograd.Function):
-    """out = base + s z B^T, its exact gradient to x and B; keeps k codes and k small indices a token, never x.
-
-    ``base`` is either given (``base_out``, any kind of layer) or the frozen product x W^T + bias computed here, in
-    which case the routed update is added in place and backward forms both input gradients in one buffer: no temporary
-    of the output's or input's size. Expert loads are counted in backward, so that a recomputed forward counts once.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        base_out: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        projection: Tensor,
-        up: Tensor,
-        routing_bias: Tensor,
-        load: Tensor | None,
-        token_mask: Tensor | None,
-        blocks: tuple[Block, ...],
-        scaling: float,
-    ) -> Tensor:
-        out, chosen, kept = _routed_forward(x, base_out, weight, bias, projection, up, routing_bias, blocks, scaling)
-        indices = None if chosen is None else chosen.to(_index_dtype(projection.shape[0]))
-        ctx.save_for_backward(indices, kept, projection, up, weight)
-        # Not among the saved tensors: backward adds to the load in place, which autograd would take for a mistake as
-        # soon as two forwards precede their backwards; and a checkpointed layer must count by its own forward's mask.
-        ctx.load, ctx.token_mask = load, token_mask
-        ctx.scaling = scaling
-        ctx.in_shape, ctx.in_dtype = x.shape, x.dtype
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> Any:
-        indices, kept, projection, up, weight = ctx.saved_tensors
-        grad = grad_out.reshape(-1, grad_out.shape[-1])
-        need_x, need_up = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
-        chosen = None if indices is None else indices.long()
-        grad_x = grad_up = None
-        with _without_autocast(grad.device.type):
-            if need_x:
-                grad_z = grad @ _as(up, grad.dtype)
-                if chosen is not None:
-                    grad_z = torch.zeros_like(grad_z).scatter_(1, chosen, grad_z.gather(1, chosen))
-                down = _as(projection, grad.dtype)
-                if weight is None:
-                    grad_x = (grad_z * ctx.scaling) @ down
-                else:
-                    grad_x = (grad @ _as(weight, grad.dtype)).addmm_(grad_z, down, alpha=ctx.scaling)
-                grad_x = _as(grad_x, ctx.in_dtype).view(ctx.in_shape)
-            if need_up:
-                z = _as(kept, grad.dtype)
-                if chosen is not None:
-                    z = z.new_zeros(z.shape[0], projection.shape[0]).scatter_(1, chosen, z)
-                # Not as g^T z, which takes twice as long on the CPU.
-                grad_up = _as((z.t() @ grad).t(), up.dtype).mul_(ctx.scaling)
-                if ctx.load is not None and chosen is not None:  # only here: a frozen adapter is not balanced
-                    add_expert_load(ctx.load, chosen, ctx.token_mask)
-        grad_base = grad_out if ctx.needs_input_grad[1] else None
-        return grad_x, grad_base, None, None, None, grad_up, None, None, None, None, None
-
-
-def _routed_forward(
-    x: Tensor,
-    base_out: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    projection: Tensor,
-    up: Tensor,
-    routing_bias: Tensor,
-    blocks: tuple[Block, ...],
-    scaling: float,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The output (..., m), the selected ranks (N, k) int64 (None: all of them) and their codes (N, k)."""
-    y = project(x.reshape(-1, x.shape[-1]), projection)
-    if all(block.is_linear for block in blocks):
-        chosen, kept, z = None, y, y
-    else:
-        chosen = select(y, routing_bias, blocks)
-        kept = y.gather(1, chosen)
-        z = torch.zeros_like(y).scatter_(1, chosen, kept)
-    with _without_autocast(x.device.type):
-        if base_out is None:
-            assert weight is not None
-            # On x as it came: a strided x flattened first gives other last bits than the layer itself would.
-            out = F.linear(x, weight, bias).contiguous()
-            out.view(-1, out.shape[-1]).addmm_(_as(z, out.dtype), _as(up, out.dtype).t(), alpha=scaling)
-        else:
-            base = base_out.reshape(-1, base_out.shape[-1])
-            out = torch.addmm(base, _as(z, base.dtype), _as(up, base.dtype).t(), alpha=scaling).view(base_out.shape)
-    return out, chosen, kept
-
-
-def routed_update(
-    base_out: Tensor,
-    x: Tensor,
-    projection: Tensor,
-    up: Tensor,
-    routing_bias: Tensor,
-    blocks: tuple[Block, ...],
-    scaling: float,
-    load: Tensor | None = None,
-    token_mask: Tensor | None = None,
-) -> Tensor:
-    """out = base_out + s * sum_{i in I} b_i y_i for every token (Eq. 7, 8, 10, 11).
-
-    Args:
-        base_out: (..., m), what the frozen layer gave. x: (..., n), its input.
-        projection: A, (r, n). up: B, (m, r). routing_bias: d, (r,).
-        blocks: how the rank axis is divided and routed. scaling: s = alpha / r.
-        load: (r,) int64; backward adds to it how many tokens chose each rank. None: nothing is counted.
-        token_mask: (N,) bool; tokens that are False (padding) are not counted.
-
-    Returns:
-        (..., m), in the dtype of ``base_out``. Gradients: to base_out, x and B, all exact.
-    """
-    return _routed(x, base_out, None, None, projection, up, routing_bias, load, token_mask, blocks, scaling)
-
-
-def routed_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    projection: Tensor,
-    up: Tensor,
-    routing_bias: Tensor,
-    blocks: tuple[Block, ...],
-    scaling: float,
-    load: Tensor | None = None,
-    token_mask: Tensor | None = None,
-) -> Tensor:
-    """The frozen product and its routed update in one pass: x W^T + bias + s z B^T; see [`routed_update`].
-
-    ``weight`` (m, n) and ``bias`` (m,) receive no gradient, whatever their ``requires_grad``.
-    """
-    return _routed(x, None, weight, bias, projection, up, routing_bias, load, token_mask, blocks, scaling)
-
-
-def _routed(
-    x: Tensor,
-    base_out: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    projection: Tensor,
-    up: Tensor,
-    routing_bias: Tensor,
-    load: Tensor | None,
-    token_mask: Tensor | None,
-    blocks: tuple[Block, ...],
-    scaling: float,
-) -> Tensor:
-    if torch.is_grad_enabled():
-        return _RoutedLinear.apply(
-            x, base_out, weight, bias, projection, up, routing_bias, load, token_mask, blocks, scaling
-        )
-    return _routed_forward(x, base_out, weight, bias, projection, up, routing_bias, blocks, scaling)[0]
-
-
-class _PackedDropout(torch.autograd.Function):
-    """Dropout that keeps one bit an entry for backward; PyTorch's keeps a number."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
-        ctx.save_for_backward(_pack_bits(keep))
-        ctx.scale = 1 / (1 - p)
-        return (x * keep).mul_(ctx.scale)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> Any:
-        (packed,) = ctx.saved_tensors
-        return (grad_out * _unpack_bits(packed, grad_out.shape)).mul_(ctx.scale), None
-
-
-def _bit_values(device: torch.device) -> Tensor:
-    return torch.ones(8, dtype=torch.uint8, device=device) << torch.arange(8, dtype=torch.uint8, device=device)
-
-
-def _pack_bits(mask: Tensor) -> Tensor:
-    """Booleans of any shape as bytes, eight in one."""
-    flat = F.pad(mask.reshape(-1), (0, -mask.numel() % 8)).view(-1, 8)
-    return (flat * _bit_values(mask.device)).sum(dim=1, dtype=torch.uint8)
-
-
-def _unpack_bits(packed: Tensor, shape: torch.Size) -> Tensor:
-    """What [`_pack_bits`] was given."""
-    flat = (packed.unsqueeze(1) & _bit_values(packed.device)) != 0
-    return flat.view(-1)[: shape.numel()].view(shape)
-
-
-def dropout(x: Tensor, p: float) -> Tensor:
-    """x with each entry zeroed with probability p and the others divided by 1 - p; one bit an entry is kept.
-
-    Args:
-        x: any shape. p: in [0, 1).
-    """
-    if torch.compiler.is_compiling():  # the compiler draws its mask again in backward by itself
-        return F.dropout(x, p)
-    dropped: Tensor = _PackedDropout.apply(x, p)
-    return dropped
+    return _spread(y.gather(1, indices), indices, y.shape[1])
 
 
 # --- load balancing ------------------------------------------------------------------------------------------
+
+
+def routing_bias(
+    steps: Tensor, ranks: Sequence[int], rates: Sequence[float], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """d = u * steps, (r,), in the units of the scores (Eq. 9).
+
+    Args:
+        steps: (r,) int32. ranks, rates: r and u of each block.
+    """
+    if len(set(rates)) == 1:
+        return steps.to(dtype) * rates[0]
+    parts = steps.to(dtype).split(list(ranks))
+    return torch.cat([part * rate for part, rate in zip(parts, rates, strict=True)])
 
 
 def add_expert_load(load: Tensor, indices: Tensor, token_mask: Tensor | None = None) -> None:

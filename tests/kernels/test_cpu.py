@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from flylora import UserError, functional
-from flylora.functional import Block
+from flylora.functional import Adapter, Block, Frozen
 from flylora.kernels import cpu as native
-from tiny_models import config, layers, randomize, seeded, update_arguments
+from flylora.kernels.__main__ import main
+from tiny_models import adapter_of, config, layers, randomize, seeded
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *adapter: Any) -> Tensor:
+    return functional.routed_update(x, Frozen(weight, bias), Adapter(*adapter))
+
+
+def kernel_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *adapter: Any) -> Tensor:
+    assert native.usable(x, Frozen(weight, bias), Adapter(*adapter))
+    return native.routed_update(x, Frozen(weight, bias), Adapter(*adapter))
 
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Block, ...]]
@@ -60,8 +71,8 @@ def test_it_computes_what_the_plain_functions_do(
 ) -> None:
     given = case(tokens, n, m, blocks, r, k, selection)
     mask = torch.arange(tokens) % 3 != 1
-    found = results(native.routed_linear, given, dtype, mask)
-    wanted = results(functional.routed_linear, given, dtype, mask)
+    found = results(kernel_linear, given, dtype, mask)
+    wanted = results(plain_linear, given, dtype, mask)
     assert torch.equal(found[3], wanted[3])
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for one, other in zip(found[:3], wanted[:3], strict=True):
@@ -77,11 +88,15 @@ def test_it_computes_what_the_plain_functions_do(
 def test_without_gradients_it_adds_the_same(tokens: int, m: int, blocks: int, dtype: torch.dtype) -> None:
     x, weight, projection, up, bias, routing = case(tokens, 48, m, blocks, 16, 5, "magnitude")
     base = (x @ weight.t()).to(dtype)
-    found = base.clone()
-    native.routed_add_(found, x.to(dtype), projection, up.t().contiguous(), bias, routing, 1.7)
-    wanted = functional.routed_update(base, x.to(dtype), projection, up, bias, routing, 1.7)
+    before = base.clone()
+    adapter = Adapter(projection, up, bias, routing, 1.7)
+    with torch.no_grad():
+        assert native.usable(x.to(dtype), base, adapter)
+        found = native.routed_update(x.to(dtype), base, adapter)
+    wanted = functional.routed_update(x.to(dtype), base, adapter)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found.float(), wanted.float(), rtol=tolerance, atol=40 * tolerance)
+    assert torch.equal(base, before)
 
 
 def test_what_is_remembered_follows_the_adapter(either_kernel: str) -> None:
@@ -97,9 +112,8 @@ def test_what_is_remembered_follows_the_adapter(either_kernel: str) -> None:
         bias = layer.flylora_d["default"] * layer.block_configs["default"][0].balance_rate
         up, projection = layer.flylora_B["default"], layer.flylora_A["default"]
         out = layer.get_base_layer()(x)
-        return functional.routed_update(
-            out, x, projection, up, bias, layer.routing["default"], layer.scaling["default"]
-        )
+        adapter = Adapter(projection, up, bias, layer.routing["default"], layer.scaling["default"])
+        return functional.routed_update(x, out, adapter)
 
     with torch.no_grad():
         for change in (
@@ -117,11 +131,11 @@ def test_what_is_remembered_follows_the_adapter(either_kernel: str) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_any_number_of_threads_sees_every_token_once(threads: int) -> None:
     given = case(101, 40, 70, 1, 16, 4, "magnitude")
-    wanted = results(functional.routed_linear, given, torch.float32)
+    wanted = results(plain_linear, given, torch.float32)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = results(native.routed_linear, given, torch.float32)
+        found = results(kernel_linear, given, torch.float32)
     finally:
         torch.set_num_threads(before)
     for one, other in zip(found, wanted, strict=True):
@@ -135,7 +149,7 @@ def test_exactly_k_ranks_are_chosen_among_equal_scores(value: float) -> None:
     load = torch.zeros(8, dtype=torch.int64)
     x = torch.full((9, 12), value).requires_grad_()
     up.requires_grad_()
-    native.routed_linear(x, weight, None, projection, up, 0 * bias, blocks, 1.0, load).sum().backward()
+    kernel_linear(x, weight, None, projection, up, 0 * bias, blocks, 1.0, load).sum().backward()
     assert load.tolist() == [9, 9, 9, 0, 0, 0, 0, 0]
 
 
@@ -143,14 +157,14 @@ def test_exactly_k_ranks_are_chosen_among_equal_scores(value: float) -> None:
 def test_only_what_is_needed_gets_a_gradient() -> None:
     x, weight, projection, up, bias, blocks = case(9, 12, 10, 1, 8, 3, "magnitude")
     up.requires_grad_()
-    native.routed_linear(x, weight, None, projection, up, bias, blocks, 1.0).sum().backward()
+    kernel_linear(x, weight, None, projection, up, bias, blocks, 1.0).sum().backward()
     assert x.grad is None
     assert up.grad is not None
-    frozen = native.routed_linear(x, weight, None, projection, up.detach(), bias, blocks, 1.0)
+    frozen = kernel_linear(x, weight, None, projection, up.detach(), bias, blocks, 1.0)
     assert not frozen.requires_grad
     moved = x.clone().requires_grad_()
     load = torch.zeros(8, dtype=torch.int64)
-    native.routed_linear(moved, weight, None, projection, up.detach(), bias, blocks, 1.0, load).sum().backward()
+    kernel_linear(moved, weight, None, projection, up.detach(), bias, blocks, 1.0, load).sum().backward()
     assert moved.grad is not None
     assert load.sum() == 0  # a frozen adapter is not balanced
 
@@ -159,7 +173,7 @@ def test_only_what_is_needed_gets_a_gradient() -> None:
 def test_second_derivatives_are_refused() -> None:
     x, weight, projection, up, bias, blocks = case(9, 12, 10, 1, 8, 3, "magnitude")
     x.requires_grad_()
-    out = native.routed_linear(x, weight, None, projection, up, bias, blocks, 1.0)
+    out = kernel_linear(x, weight, None, projection, up, bias, blocks, 1.0)
     with pytest.raises(RuntimeError, match="twice"):
         torch.autograd.grad(out.sum(), x, create_graph=True)
 
@@ -171,9 +185,9 @@ def test_a_plain_layer_takes_the_kernel_where_it_is_compiled(
 
     taken: list[str] = []
     for module, name in ((native, "native"), (functional, "plain")):
-        original = module.routed_linear
+        original = module.routed_update
         monkeypatch.setattr(
-            module, "routed_linear", lambda *a, _name=name, _f=original, **k: (taken.append(_name), _f(*a, **k))[1]
+            module, "routed_update", lambda *a, _name=name, _f=original, **k: (taken.append(_name), _f(*a, **k))[1]
         )
     base = nn.Sequential(seeded(lambda: nn.Linear(12, 10)))
     model = randomize(get_peft_model(base, config(target_modules=["0"])))
@@ -198,7 +212,7 @@ def test_evaluation_where_types_differ_is_the_same_either_way(either_kernel: str
     x = draw(5, 12)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
         out, plain = model(x), layer.get_base_layer()(x)
-        wanted = functional.routed_update(plain, x, **update_arguments(layer))
+        wanted = functional.routed_update(x, plain, adapter_of(layer))
     assert out.dtype == plain.dtype
     torch.testing.assert_close(out, wanted)
     assert not torch.equal(out, plain)
@@ -211,16 +225,20 @@ def test_without_a_compiler_one_sentence_says_so(
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="no-such-compiler"):
         native.build()
-    assert native.main() == 2
+    assert main() == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell script as its compiler")
 def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = tmp_path / "cc"
-    compiler.write_text("#!/bin/sh\nfor last; do :; done\necho x > $last\necho 'kernel.cpp:1: error: no' >&2\nexit 1\n")
+    compiler.write_text(
+        "#!/bin/sh\ncase \" $* \" in\n*' -c '*) echo x > cpu.o; echo 'kernel.cpp:1: error: no'; exit 1;;\n"
+        "*) echo 13.0.0;;\nesac\n"
+    )
     compiler.chmod(0o755)
     monkeypatch.setattr(native, "library_path", lambda: tmp_path / "kernels" / "kernel.so")
+    monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(UserError, match="error: no"):
-        native.build(str(compiler))
+        native.build()
     assert list((tmp_path / "kernels").iterdir()) == []

@@ -48,7 +48,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import make_tokenizer
 from flylora import FlyLoraConfig, FlyLoraLinear, UserError
-from flylora.tuner.registration import FLYLORA
+from flylora.tuner.peft_compat import FLYLORA
 
 FILES = (
     "test_config",

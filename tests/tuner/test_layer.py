@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
-from flylora import FlyLoraLinear, UserError, functional
-from flylora.kernels import cpu as native
+from flylora import FlyLoraLinear, UserError, functional, kernels
+from flylora.functional import Adapter, Frozen
 from flylora.projection import canonical_name, densify, derive_seed, draw_nonzeros
 from reference import flylora as reference
 from tiny_models import (
+    adapter_of,
     assert_same,
     config,
     layers,
@@ -29,7 +30,6 @@ from tiny_models import (
     seeded,
     snapshot,
     tokens,
-    update_arguments,
 )
 
 pytestmark = pytest.mark.usefixtures("either_kernel")
@@ -78,25 +78,19 @@ def close(actual: Tensor | None, wanted: Any, tolerance: float = 1e-4) -> None:
 
 @pytest.fixture
 def path(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which of the two functions each adapter went through."""
+    """Whether each adapter's update was computed with the base layer's product or added to it."""
     taken: list[str] = []
+    original = kernels.routed_update
 
-    def watch(module: Any, name: str) -> None:
-        original: Callable[..., Tensor] = getattr(module, name)
+    def watched(x: Tensor, base: Tensor | Frozen, adapter: Adapter) -> Tensor:
+        taken.extend(FUSED if isinstance(base, Frozen) else SEPARATE)
+        return original(x, base, adapter)
 
-        def watched(*args: Any, **kwargs: Any) -> Tensor:
-            taken.append(name)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, watched)
-
-    watch(functional, "routed_linear")
-    watch(native, "routed_linear")
-    watch(functional, "routed_update")
+    monkeypatch.setattr(kernels, "routed_update", watched)
     return taken
 
 
-FUSED, SEPARATE = ["routed_linear"], ["routed_update"]
+FUSED, SEPARATE = ["fused"], ["separate"]
 
 # --- sums ----------------------------------------------------------------------------------------------------
 
@@ -259,7 +253,7 @@ def test_a_layer_that_is_more_than_its_weight_is_called(watch: Callable[[nn.Modu
     watch(base)
     out = model(x)
     assert path == SEPARATE
-    y = functional.routed_update(torch.zeros(5, 10), x, **update_arguments(layer))
+    y = functional.routed_update(x, torch.zeros(5, 10), adapter_of(layer))
     torch.testing.assert_close(out, base(x) + y)
     through = torch.autograd.grad(base(x).sum(), x)[0] + torch.autograd.grad(y.sum(), x)[0]
     torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], through)

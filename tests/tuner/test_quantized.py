@@ -11,7 +11,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from flylora import FlyLoraLinear, UserError, functional
+from flylora import FlyLoraLinear, UserError, kernels
+from flylora.functional import Adapter, Frozen
 from reference import flylora as reference
 from tiny_models import config, layers, randomize, seeded, snapshot
 
@@ -63,7 +64,13 @@ def adapted(kind: str, **changes: Any) -> tuple[nn.Module, FlyLoraLinear]:
 @quantized
 @pytest.mark.parametrize("selection", ["magnitude", "signed", "all"])
 def test_the_update_is_routed_and_exact(kind: str, selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "routed_linear", None)  # the fused path reads the weight: it must not be taken
+    original = kernels.routed_update
+
+    def watched(x: Tensor, base: Tensor | Frozen, adapter: Adapter) -> Tensor:
+        assert isinstance(base, Tensor), "the fused path reads the weight: it must not be taken"
+        return original(x, base, adapter)
+
+    monkeypatch.setattr(kernels, "routed_update", watched)
     model, layer = adapted(kind, selection=selection)
     tolerance = KINDS[kind][1]
     base = layer.get_base_layer()

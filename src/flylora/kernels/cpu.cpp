@@ -72,20 +72,20 @@ void select(const float* __restrict y, const float* __restrict d, const Routing&
     const float s = score[j];
     for (int64_t i = 0; i < r; ++i) larger[i] += s > score[i] ? 1 : 0;
   }
-  int64_t found = 0;
-  for (int64_t i = 0; i < r; ++i) found += larger[i] < k ? 1 : 0;
-  if (found != k) {  // equal scores at the threshold, or scores that are not numbers
+  int64_t count = 0;
+  for (int64_t i = 0; i < r; ++i) count += larger[i] < k ? 1 : 0;
+  if (count != k) {  // equal scores at the threshold, or scores that are not numbers
     std::vector<int32_t> order(r);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return larger[a] < larger[b]; });
     std::fill(larger, larger + r, static_cast<int32_t>(k));
     for (int64_t i = 0; i < k; ++i) larger[order[i]] = 0;
   }
-  // Without a branch, which would be guessed wrongly for every other rank; the place after the last is written in vain.
-  found = 0;
+  // Without a branch, which would be guessed wrongly for every other rank; the entry after the last is written in vain.
+  count = 0;
   for (int64_t i = 0; i < r; ++i) {
-    chosen[found] = static_cast<int16_t>(offset + i);
-    found += larger[i] < k ? 1 : 0;
+    chosen[count] = static_cast<int16_t>(offset + i);
+    count += larger[i] < k ? 1 : 0;
   }
 }
 
@@ -167,22 +167,14 @@ inline void store(scalar* to, const Piece& piece, int64_t size) {
   for (int64_t q = 0; q < size; ++q) to[q] = static_cast<scalar>(values[q]);
 }
 
-// to[q] += sum_a factor_a rows[index_a][q]; rows of kColumns, or of another stride that end where they must.
+// to[q] += sum_a factor_a rows[index_a][q], with rows of kColumns.
 template <typename scalar>
 inline void add_rows(scalar* to, const float* rows, const int16_t* index, const float* factor, int64_t count,
-                     int64_t size, int64_t stride = kColumns) {
-  if (size < kColumns && stride != kColumns) {
-    for (int64_t q = 0; q < size; ++q) {
-      float sum = static_cast<float>(to[q]);
-      for (int64_t a = 0; a < count; ++a) sum += factor[a] * rows[index[a] * stride + q];
-      to[q] = static_cast<scalar>(sum);
-    }
-    return;
-  }
+                     int64_t size) {
   const Piece before = load(to, size);
   Vector s0 = before.part[0], s1 = before.part[1], s2 = before.part[2], s3 = before.part[3];
   for (int64_t a = 0; a < count; ++a) {
-    const Vector* row = reinterpret_cast<const Vector*>(rows + index[a] * stride);
+    const Vector* row = reinterpret_cast<const Vector*>(rows + index[a] * kColumns);
     const float f = factor[a];
     s0 += f * row[0];
     s1 += f * row[1];
@@ -223,39 +215,6 @@ void forward_tokens(const Tensor& y, const Tensor& d, const Tensor& up, Tensor& 
       for (int64_t t = begin; t < end; ++t)
         add_rows(out_data + t * m + start, packed.data(), index_data + t * active, value_data + t * active, active,
                  columns);
-    }
-  });
-}
-
-// The same where nothing is kept for a backward pass, with B^T (R, m) at hand: few tokens read only its selected rows.
-template <typename scalar>
-void add_tokens(const Tensor& y, const Tensor& d, const Tensor& up_t, Tensor& out, float scaling,
-                const Routing& routing) {
-  const int64_t tokens = out.size(0), m = out.size(1), ranks = routing.ranks(), active = routing.active();
-  const float* y_data = y.const_data_ptr<float>();
-  const float* d_data = d.const_data_ptr<float>();
-  const float* up_data = up_t.const_data_ptr<float>();
-  scalar* out_data = out.mutable_data_ptr<scalar>();
-  for_shares(tokens, [&](int64_t, int64_t begin, int64_t end) {
-    const bool pack = (end - begin) * routing.k > 2 * routing.r;
-    std::vector<float> score(routing.r), packed(pack ? ranks * kColumns : 0), value((end - begin) * active);
-    std::vector<int32_t> larger(routing.r);
-    std::vector<int16_t> chosen(routing.k + 1), index((end - begin) * active);
-    for (int64_t t = begin; t < end; ++t)
-      for (int64_t b = 0, at_ = (t - begin) * active; b < routing.blocks; ++b) {
-        select(y_data + t * ranks + b * routing.r, d_data + b * routing.r, routing, score.data(), larger.data(),
-               chosen.data(), b * routing.r);
-        for (int64_t a = 0; a < routing.k; ++a, ++at_) {
-          index[at_] = chosen[a];
-          value[at_] = scaling * y_data[t * ranks + chosen[a]];
-        }
-      }
-    for (int64_t start = 0; start < m; start += kColumns) {
-      const int64_t columns = std::min(kColumns, m - start);
-      if (pack) pack_down(packed.data(), up_data, ranks, m, start, columns);
-      for (int64_t t = begin; t < end; ++t)
-        add_rows(out_data + t * m + start, pack ? packed.data() : up_data + start, &index[(t - begin) * active],
-                 &value[(t - begin) * active], active, columns, pack ? kColumns : m);
     }
   });
 }
@@ -344,24 +303,22 @@ void count_load(Tensor& load, const Tensor& indices, const std::optional<Tensor>
       for (int64_t a = 0; a < active; ++a) ++count[index[t * active + a]];
 }
 
-struct Output {
-  Tensor out, values, indices;
+struct Codes {
+  Tensor values, indices;
 };
 
-Output run_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& projection,
-                   const Tensor& up, const Tensor& routing_bias, const Routing& routing, double scaling) {
-  Tensor out = at::linear(x, weight, bias).contiguous();
+// Adds s z B^T to out (..., m) in place, and gives the codes and the selected ranks, (N, active).
+Codes add_update(Tensor& out, const Tensor& x, const Tensor& projection, const Tensor& up, const Tensor& routing_bias,
+                 const Routing& routing, double scaling) {
   Tensor flat = out.view({-1, out.size(-1)});
-  const Tensor tokens = x.reshape({-1, x.size(-1)}).to(at::kFloat);
-  const Tensor y = at::mm(tokens, projection.t());
-  const auto plain = y.options();
-  Tensor values = at::empty({y.size(0), routing.active()}, plain);
-  Tensor indices = at::empty({y.size(0), routing.active()}, plain.dtype(at::kShort));
+  const Tensor y = at::mm(x.reshape({-1, x.size(-1)}).to(at::kFloat), projection.t());
+  Tensor values = at::empty({y.size(0), routing.active()}, y.options());
+  Tensor indices = at::empty({y.size(0), routing.active()}, y.options().dtype(at::kShort));
   const Tensor bias_of_scores = routing_bias.contiguous();
-  DISPATCH_TYPES(flat.scalar_type(), "routed_linear", [&] {
+  DISPATCH_TYPES(flat.scalar_type(), "routed_update", [&] {
     forward_tokens<scalar_t>(y, bias_of_scores, up, flat, values, indices, static_cast<float>(scaling), routing);
   });
-  return {out, values, indices};
+  return {values, indices};
 }
 
 class RoutedLinear : public torch::autograd::Function<RoutedLinear> {
@@ -372,11 +329,12 @@ class RoutedLinear : public torch::autograd::Function<RoutedLinear> {
                         int64_t k, bool magnitude, double scaling) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Routing routing{blocks, projection.size(0) / blocks, k, magnitude};
-    Output found = run_forward(x, weight, bias, projection, up, routing_bias, routing, scaling);
+    Tensor out = at::linear(x, weight, bias).contiguous();
+    const Codes codes = add_update(out, x, projection, up, routing_bias, routing, scaling);
     // Few ranks are kept as single bytes: the codes are all that is saved, never x.
     const bool small = routing.ranks() <= 256;
     ctx->save_for_backward(
-        {found.values, small ? found.indices.to(at::kByte) : found.indices, projection, up, weight});
+        {codes.values, small ? codes.indices.to(at::kByte) : codes.indices, projection, up, weight});
     ctx->saved_data["load"] = load;
     ctx->saved_data["token_mask"] = token_mask;
     ctx->saved_data["blocks"] = blocks;
@@ -385,7 +343,7 @@ class RoutedLinear : public torch::autograd::Function<RoutedLinear> {
     ctx->saved_data["shape"] = x.sizes().vec();
     ctx->saved_data["need_x"] = x.requires_grad();
     ctx->saved_data["need_up"] = up.requires_grad();
-    return found.out;
+    return out;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -427,19 +385,17 @@ Tensor routed_linear(const Tensor& x, const Tensor& weight, const std::optional<
                                scaling);
   at::AutoDispatchBelowADInplaceOrView guard;
   const Routing routing{blocks, projection.size(0) / blocks, k, magnitude};
-  return run_forward(x, weight, bias, projection, up, routing_bias, routing, scaling).out;
+  Tensor out = at::linear(x, weight, bias).contiguous();
+  add_update(out, x, projection, up, routing_bias, routing, scaling);
+  return out;
 }
 
-void routed_add_(Tensor out, const Tensor& x, const Tensor& projection, const Tensor& up_t, const Tensor& routing_bias,
+void routed_add_(Tensor out, const Tensor& x, const Tensor& projection, const Tensor& up, const Tensor& routing_bias,
                  int64_t blocks, int64_t k, bool magnitude, double scaling) {
   TORCH_CHECK(out.is_contiguous(), "routed_add_ works in place, on a contiguous tensor.");
   at::AutoDispatchBelowADInplaceOrView guard;
   const Routing routing{blocks, projection.size(0) / blocks, k, magnitude};
-  Tensor flat = out.view({-1, out.size(-1)});
-  const Tensor y = at::mm(x.reshape({-1, x.size(-1)}).to(at::kFloat), projection.t());
-  DISPATCH_TYPES(flat.scalar_type(), "routed_add_", [&] {
-    add_tokens<scalar_t>(y, routing_bias.contiguous(), up_t, flat, static_cast<float>(scaling), routing);
-  });
+  add_update(out, x, projection, up, routing_bias, routing, scaling);
 }
 
 }  // namespace
@@ -450,7 +406,7 @@ TORCH_LIBRARY(flylora, library) {
       "Tensor? load, Tensor? token_mask, int blocks, int k, bool magnitude, float scaling) -> Tensor",
       routed_linear);
   library.def(
-      "routed_add_(Tensor(a!) out, Tensor x, Tensor projection, Tensor up_t, Tensor routing_bias, int blocks, int k, "
+      "routed_add_(Tensor(a!) out, Tensor x, Tensor projection, Tensor up, Tensor routing_bias, int blocks, int k, "
       "bool magnitude, float scaling) -> ()",
       routed_add_);
 }

@@ -1,13 +1,13 @@
-"""An optional CPU kernel for routed layers: the same mathematics, touching only the selected ranks.
+"""An optional CPU kernel for the routed update: the same mathematics, touching only the selected ranks.
 
 Plain PyTorch multiplies by all r ranks and pays some microseconds for each of a dozen small operations. The kernel does
 selection, update and gradients token by token in one operator. It is C++ and must be compiled once on each machine:
 
-    python -m flylora.kernels.cpu
+    python -m flylora.kernels
 
-That needs a C++ compiler and takes about half a minute; from then on every process on that machine uses it, where it
-can (see [`usable`]). ``disable()`` turns to plain PyTorch again, for the rest of the process. Without it nothing is
-missing but speed.
+``make setup`` and ``flylora train`` do it too, if there is a C++ compiler; it takes about half a minute. From then on
+every process on that machine uses the kernel where it can (see [`usable`]). Importing flylora never compiles anything.
+Without the kernel only speed is missing.
 """
 
 from __future__ import annotations
@@ -18,26 +18,25 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flylora.errors import UserError
-from flylora.functional import Block
+from flylora.functional import Adapter, Block, Frozen
+from flylora.records import saving
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
+_NAME = "flylora_cpu"
 
 # Sums may be reordered, as every matrix product does; infinities and NaN keep their meaning.
 _FLAGS = (
     "-O3",
     "-march=native",
     "-std=c++20",
-    "-shared",
-    "-fPIC",
-    "-fopenmp",
     "-w",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -46,6 +45,9 @@ _FLAGS = (
 )
 _TYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _disabled = False
+
+
+# --- building and loading --------------------------------------------------------------------------------------
 
 
 def cache_folder() -> Path:
@@ -68,52 +70,82 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def build(compiler: str | None = None) -> Path:
-    """Compile the kernel, unless it is there already.
+def build() -> Path:
+    """Compile the kernel, unless it is there already, and use it from now on.
 
-    Args:
-        compiler: the C++ compiler; $CXX or c++ if left out.
+    The compiler is $CXX, or c++.
 
     Returns:
         The library's file.
 
     Raises:
-        UserError: there is no compiler, or it fails; nothing is left behind.
+        flylora.UserError: there is no compiler, or it fails; nothing is left behind.
     """
     path = library_path()
     if path.exists():
         return path
-    compiler = compiler or os.environ.get("CXX") or "c++"
+    compiler = _compiler()
     if shutil.which(compiler) is None:
         raise UserError(
             f"There is no C++ compiler '{compiler}': install one (such as the package g++), or set CXX; without the "
             "kernel flylora works in plain PyTorch."
         )
-    from flylora.records import saving
-
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        done = subprocess.run(
-            [compiler, *_FLAGS, str(SOURCE), *_torch_flags(), "-o", str(partial)], capture_output=True
-        )
-        if done.returncode:
-            lines = done.stderr.decode(errors="replace").splitlines()
-            reason = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
-            raise UserError(f"{compiler} could not compile the kernel ({reason.strip()}): try another with CXX.")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as folder:
+            try:
+                _compile(folder)
+            except ImportError as error:
+                raise UserError(f"Compiling the kernel takes the package {error.name}: pip install it.") from error
+            except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+                lines = str(error).splitlines()
+                reason = next((line for line in lines if "error:" in line), lines[0])
+                raise UserError(
+                    f"{compiler} could not compile the kernel ({reason.strip()}): try another with CXX, or go on "
+                    "without it, in plain PyTorch."
+                ) from error
+            (Path(folder) / f"{_NAME}.so").replace(path)
     _loaded.cache_clear()
     return path
 
 
-def _torch_flags() -> Sequence[str]:
-    root = Path(torch.__file__).parent
-    include = [f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    return [*include, abi, f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+def _compile(folder: str) -> None:
+    """Compile into a folder, and load what came out."""
+    import ninja  # the build tool that PyTorch's extensions need; these two are needed here alone
+    from torch.utils import cpp_extension
+
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, before])  # it is started by its bare name
+    try:
+        cpp_extension.load(
+            _NAME,
+            [str(SOURCE)],
+            extra_cflags=[*_FLAGS, "-fopenmp"],
+            extra_ldflags=["-fopenmp"],
+            build_directory=folder,
+            is_python_module=False,
+        )
+    finally:
+        os.environ["PATH"] = before
+
+
+def prepare(tell: Callable[[str], object]) -> None:
+    """Compile the kernel where it is missing and there is a C++ compiler; for commands that train on the CPU.
+
+    Args:
+        tell: gets one line when something is compiled, and one more when that fails.
+    """
+    if available() or _disabled or shutil.which(_compiler()) is None:
+        return
+    tell("Compiling flylora's CPU kernel, once on this machine: about half a minute ...")
+    try:
+        build()
+    except UserError as error:
+        tell(str(error))
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX") or "c++"
 
 
 @functools.cache
@@ -121,7 +153,8 @@ def _loaded() -> bool:
     path = library_path()
     if not path.exists():
         return False
-    torch.ops.load_library(str(path))
+    if not hasattr(torch.ops.flylora, "routed_linear"):  # building it loaded it
+        torch.ops.load_library(str(path))
     return True
 
 
@@ -142,28 +175,24 @@ def enable() -> None:
     _disabled = False
 
 
-def usable(
-    x: Tensor,
-    up: Tensor,
-    projection: Tensor,
-    routing_bias: Tensor,
-    blocks: tuple[Block, ...],
-    base_out: Tensor | None = None,
-) -> bool:
-    """Whether the kernel computes this layer: on the CPU, B and A in float32, and all blocks routed alike by score.
+# --- computing -------------------------------------------------------------------------------------------------
 
-    Not while torch.compile traces, which makes its own kernels, and not under autocast, which would compute the scores
-    in another type.
+
+def usable(x: Tensor, base: Tensor | Frozen, adapter: Adapter) -> bool:
+    """Whether the kernel computes this call: on the CPU, B and A in float32, and all blocks routed alike by score.
+
+    A base that was computed already is added to only where there are no gradients. Not while torch.compile traces,
+    which makes its own kernels, and not under autocast, which would compute the scores in another type.
     """
     return (
         not torch.compiler.is_compiling()
         and available()
         and x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
-        and (base_out is None or base_out.dtype in _TYPES)
-        and up.dtype == projection.dtype == routing_bias.dtype == torch.float32
+        and (isinstance(base, Frozen) or (base.dtype in _TYPES and not torch.is_grad_enabled()))
+        and adapter.up.dtype == adapter.projection.dtype == adapter.routing_bias.dtype == torch.float32
         and x.dtype in _TYPES
-        and _routes(blocks)
+        and _routes(adapter.blocks)
     )
 
 
@@ -173,71 +202,21 @@ def _routes(blocks: tuple[Block, ...]) -> bool:
     return (
         first.selection in ("magnitude", "signed")
         and not first.is_linear
-        and all(block[:3] == first[:3] for block in blocks)
+        and all(block == first for block in blocks)
         and first.r * len(blocks) < 1 << 15
     )
 
 
-def routed_add_(
-    out: Tensor,
-    x: Tensor,
-    projection: Tensor,
-    up_t: Tensor,
-    routing_bias: Tensor,
-    blocks: tuple[Block, ...],
-    scaling: float,
-) -> None:
-    """out += s z B^T in place, without a backward pass; only where it is [`usable`].
-
-    Args:
-        out: (..., m), contiguous. x: (..., n). projection: A, (R, n). up_t: B^T, (R, m), contiguous, so that the rows
-            of the ranks that nobody selected are never read. The others as for [`flylora.functional.routed_update`].
-    """
-    first = blocks[0]
-    magnitude = first.selection == "magnitude"
-    torch.ops.flylora.routed_add_(out, x, projection, up_t, routing_bias, len(blocks), first.k, magnitude, scaling)
-
-
-def routed_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    projection: Tensor,
-    up: Tensor,
-    routing_bias: Tensor,
-    blocks: tuple[Block, ...],
-    scaling: float,
-    load: Tensor | None = None,
-    token_mask: Tensor | None = None,
-) -> Tensor:
-    """[`flylora.functional.routed_linear`] by the kernel; only where it is [`usable`]."""
-    first = blocks[0]
-    found: Tensor = torch.ops.flylora.routed_linear(
-        x,
-        weight,
-        bias,
-        projection.contiguous(),
-        up.contiguous(),
-        routing_bias,
-        load,
-        token_mask,
-        len(blocks),
-        first.k,
-        first.selection == "magnitude",
-        scaling,
-    )
-    return found
-
-
-def main() -> int:
-    """Compile and say where."""
-    try:
-        print(build())
-    except UserError as error:
-        print(f"flylora: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def routed_update(x: Tensor, base: Tensor | Frozen, adapter: Adapter) -> Tensor:
+    """[`flylora.functional.routed_update`] by the kernel; only where it is [`usable`]."""
+    _, _, routing_bias, blocks, scaling, load, token_mask = adapter
+    projection, up = adapter.projection.contiguous(), adapter.up.contiguous()
+    routing = (len(blocks), blocks[0].k, blocks[0].selection == "magnitude", scaling)
+    if isinstance(base, Frozen):
+        out: Tensor = torch.ops.flylora.routed_linear(
+            x, *base, projection, up, routing_bias, load, token_mask, *routing
+        )
+        return out
+    out = base.clone(memory_format=torch.contiguous_format)
+    torch.ops.flylora.routed_add_(out, x, projection, up, routing_bias, *routing)
+    return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flylora.tuner.config import FlyLoraConfig
 from flylora.tuner.layer import FlyLoraLinear
 from flylora.tuner.model import FlyLoraModel
-from flylora.tuner.registration import register
+from flylora.tuner.peft_compat import register
 
 __all__ = ["FlyLoraConfig", "FlyLoraLinear", "FlyLoraModel"]
 

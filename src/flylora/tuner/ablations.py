@@ -1,24 +1,28 @@
-"""FlyLoRA's ablations (Tables 3, 13 and 15): an auxiliary balancing loss, other projections, projections that train.
+"""FlyLoRA's ablations (Tables 3 and 13): an auxiliary balancing loss, and projections that train.
 
-The default method uses nothing of this. Symbols as in `flylora.functional`.
+[`AblatedLinear`] is the layer they run in; the default method uses nothing of this file. Symbols as in
+`flylora.functional`.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from flylora import functional
-from flylora.functional import Block
+from flylora import functional, kernels
+from flylora.errors import UserError
+from flylora.functional import Adapter, Block, Frozen
+from flylora.projection import NonZeros, Projection, densify
+from flylora.tuner.config import FlyLoraConfig
+from flylora.tuner.context import RoutingContext
+from flylora.tuner.layer import FlyLoraLinear
 from flylora.tuner.optimizer_steps import after_optimizer_steps, positions
-
-if TYPE_CHECKING:
-    from flylora.tuner.config import FlyLoraConfig
-    from flylora.tuner.layer import FlyLoraLinear, RoutingContext
+from flylora.tuner.peft_compat import BufferDict
 
 
 class Ablation(NamedTuple):
@@ -39,6 +43,139 @@ def ablation_of(config: FlyLoraConfig) -> Ablation | None:
     coefficient = config.balance_coefficient if config.balance == "aux_loss" else None
     trained = config.projection_training != "frozen"
     return Ablation(coefficient, trained, config.projection_steps) if trained or coefficient is not None else None
+
+
+# --- the layer --------------------------------------------------------------------------------------------------------
+
+
+class AblatedLinear(FlyLoraLinear):
+    """A [`FlyLoraLinear`] of which some adapters are ablations.
+
+    Attributes:
+        ablations: of each adapter that is one, what differs.
+        flylora_trained_A: an A that trains, (r, n).
+        flylora_steps: for an A that trains at first only, the optimizer steps done so far, (1,) int32.
+    """
+
+    adapter_layer_names: tuple[str, ...] = (*FlyLoraLinear.adapter_layer_names, "flylora_trained_A")
+    other_param_names: tuple[str, ...] = (*FlyLoraLinear.other_param_names, "ablations", "flylora_steps")
+
+    @classmethod
+    def take_over(cls, layer: FlyLoraLinear) -> None:
+        """Turn a default layer into one that may have ablations; its adapters stay as they are."""
+        if type(layer) is FlyLoraLinear:
+            layer.__class__ = cls
+            cls._make_own_dictionaries(layer)  # type: ignore[arg-type]
+
+    def _make_dictionaries(self) -> None:
+        super()._make_dictionaries()
+        self._make_own_dictionaries()
+
+    def _make_own_dictionaries(self) -> None:
+        self.flylora_trained_A = nn.ParameterDict({})
+        self.flylora_steps = BufferDict(persistent=True)
+        self.ablations: dict[str, Ablation] = {}
+
+    def update_layer(
+        self, adapter_name: str, config: FlyLoraConfig, inference_mode: bool = False, **kwargs: Any
+    ) -> None:
+        """Add an adapter, and what its ablation needs."""
+        for of_adapters in (self.ablations, self.flylora_trained_A, self.flylora_steps):
+            if adapter_name in of_adapters:  # the adapter is made anew
+                del of_adapters[adapter_name]
+        super().update_layer(adapter_name, config, inference_mode, **kwargs)
+        ablation = ablation_of(config)
+        if ablation is None:
+            return
+        self.ablations[adapter_name] = ablation
+        up = self.flylora_B[adapter_name]
+        if ablation.trained:
+            shape = up.shape[1], self.in_features
+            start = torch.empty(shape, device="meta") if up.is_meta else self.projection(adapter_name)
+            self.flylora_A.pop(adapter_name, None)
+            trained = nn.Parameter(start.detach().clone().to(up.device), requires_grad=up.requires_grad)
+            self.flylora_trained_A[adapter_name] = trained
+        if ablation.trained_steps is not None:
+            self.flylora_steps[adapter_name] = torch.zeros(1, dtype=torch.int32, device=up.device)
+        self.track()
+
+    def track(self) -> None:
+        """Also count the optimizer steps of an A that trains for some of them."""
+        super().track()
+        if len(self.flylora_steps):
+            _two_phase.add(self)
+            after_optimizer_steps(_count_steps)
+
+    def add_update(self, adapter_name: str, x: Tensor, base: Tensor | Frozen) -> Tensor:
+        """As for the default, with the ablation's loss, or with an A that trains.
+
+        Where A trains, the input is y = x A^T, with its gradient to A, and the projection is the identity: the routed
+        update of y then equals that of x, and has nothing to know of an A that trains.
+        """
+        ablation = self.ablations.get(adapter_name)
+        if ablation is None:
+            return super().add_update(adapter_name, x, base)
+        adapter, dropped = self.adapter(adapter_name, x), self.dropped(adapter_name, x)
+        if ablation.aux_coefficient is not None and self.training:
+            dropped = carry_balance_loss(dropped, adapter, ablation.aux_coefficient, self.context)
+        if ablation.trained:
+            base = F.linear(x, *base) if isinstance(base, Frozen) else base
+            dropped = functional.project(dropped, adapter.projection)
+            identity = torch.eye(dropped.shape[-1], dtype=dropped.dtype, device=dropped.device)
+            adapter = adapter._replace(projection=identity)
+        return kernels.routed_update(dropped, base, adapter)
+
+    def projection(self, adapter_name: str, device: torch.device | None = None) -> Tensor:
+        """A; where it trains with a gradient while it does, and without one from the step on at which it is frozen.
+
+        It stays a parameter that the optimizer holds, so that a resumed run finds the optimizer's state as it was.
+        """
+        if adapter_name not in self.flylora_trained_A:
+            return super().projection(adapter_name, device)
+        trained: Tensor = self.flylora_trained_A[adapter_name]
+        limit = self.ablations[adapter_name].trained_steps
+        frozen = limit is not None and int(self.flylora_steps[adapter_name]) >= limit
+        return trained.detach() if frozen else trained
+
+    def keep_projection(self, adapter_name: str, parts: tuple[Projection, ...], restored: bool = False) -> None:
+        """As for the default; an A that trains is a parameter, and no second one is kept."""
+        super().keep_projection(adapter_name, parts, restored)
+        if adapter_name in self.flylora_trained_A:
+            del self.flylora_A[adapter_name]
+
+    def _adopt_loaded_identity(self, adapter_name: str) -> None:
+        if adapter_name not in self.flylora_trained_A:
+            super()._adopt_loaded_identity(adapter_name)
+            return
+        self.flylora_seed.changed.discard(adapter_name)  # an A that trains was loaded itself
+        self.flylora_fingerprint.changed.discard(adapter_name)
+
+    def trained_projection_from_file(self, adapter_name: str, stored: NonZeros | None) -> Tensor | None:
+        """The A of a file for an adapter whose A trains, (r, n); None for any other.
+
+        Raises:
+            flylora.UserError: the file does not hold it.
+        """
+        if adapter_name not in self.flylora_trained_A:
+            return None
+        if stored is None:
+            raise UserError(
+                f"The adapter file lacks the trained projection of {self.module_name} (flylora_A_values): it is "
+                "incomplete, or its config was edited."
+            )
+        return densify(stored, self.in_features)
+
+
+_two_phase: weakref.WeakSet[AblatedLinear] = weakref.WeakSet()
+
+
+def _count_steps(optimizer: Optimizer) -> None:
+    position = positions(optimizer)
+    for layer in _two_phase:
+        for adapter, steps in layer.flylora_steps.items():
+            up = layer.flylora_B[adapter]
+            if id(up) in position and up.grad is not None:
+                steps.add_(1)
 
 
 # --- the auxiliary balancing loss (Table 13) --------------------------------------------------------------------------
@@ -81,21 +218,14 @@ class _CarryLoss(torch.autograd.Function):
         return grad, one if scale is None else one * scale.to(one), None
 
 
-def carry_balance_loss(
-    x: Tensor,
-    projection: Tensor,
-    routing_bias: Tensor,
-    blocks: tuple[Block, ...],
-    coefficient: float,
-    context: RoutingContext,
-) -> Tensor:
+def carry_balance_loss(x: Tensor, adapter: Adapter, coefficient: float, context: RoutingContext) -> Tensor:
     """x, whose gradient in backward also holds that of ``coefficient`` times the balancing loss of these tokens.
 
     A is frozen and d has no gradient, so the loss moves what comes before: the B's of earlier layers, and A where it
     trains. Padding is left out where it is known. Adding the gradient here needs no change to any training loop and
     counts once per backward, also where a checkpointed layer is computed twice.
     """
-    if not (torch.is_grad_enabled() and (x.requires_grad or projection.requires_grad)):
+    if not (torch.is_grad_enabled() and (x.requires_grad or adapter.projection.requires_grad)):
         return x
     tokens = x.reshape(-1, x.shape[-1])
     mask = context.mask_for(x)
@@ -103,8 +233,8 @@ def carry_balance_loss(
         tokens = tokens[mask]
     if not len(tokens):
         return x
-    loss = coefficient * balance_loss(functional.project(tokens, projection), routing_bias, blocks)
-    carried: Tensor = _CarryLoss.apply(x, loss, context)
+    y = functional.project(tokens, adapter.projection)
+    carried: Tensor = _CarryLoss.apply(x, coefficient * balance_loss(y, adapter.routing_bias, adapter.blocks), context)
     return carried
 
 
@@ -133,73 +263,3 @@ class LossScaleHook:
         loss = getattr(output, "loss", None)
         if isinstance(loss, Tensor) and loss.requires_grad and loss.dim() == 0:
             output.loss = _WatchScale.apply(loss, self.context)
-
-
-# --- projections that train (Tables 3 and 15) -------------------------------------------------------------------------
-
-_two_phase: weakref.WeakSet[FlyLoraLinear] = weakref.WeakSet()
-
-
-def prepare(layer: FlyLoraLinear, adapter: str, config: FlyLoraConfig) -> None:
-    """Give a new adapter what its ablation needs; called at the end of the layer's own preparations."""
-    for held in (layer.ablations, layer.flylora_trained_A, layer.flylora_steps):
-        if adapter in held:  # the adapter is made anew
-            del held[adapter]
-    ablation = ablation_of(config)
-    if ablation is None:
-        return
-    layer.ablations[adapter] = ablation
-    if ablation.trained:
-        up = layer.flylora_B[adapter]
-        start = torch.empty(up.shape[1], layer.in_features, device="meta") if up.is_meta else layer.projection(adapter)
-        layer.flylora_A.pop(adapter, None)
-        trained = nn.Parameter(start.detach().clone().to(up.device), requires_grad=up.requires_grad)
-        layer.flylora_trained_A[adapter] = trained
-    if ablation.trained_steps is not None:
-        layer.flylora_steps[adapter] = torch.zeros(1, dtype=torch.int32, device=layer.flylora_B[adapter].device)
-    track(layer)
-
-
-def track(layer: FlyLoraLinear) -> None:
-    """Count the optimizer steps of a layer that trains A for some of them."""
-    if len(layer.flylora_steps):
-        _two_phase.add(layer)
-        after_optimizer_steps(_count_steps)
-
-
-def _count_steps(optimizer: Optimizer) -> None:
-    place = positions(optimizer)
-    for layer in _two_phase:
-        for adapter, steps in layer.flylora_steps.items():
-            up = layer.flylora_B[adapter]
-            if id(up) in place and up.grad is not None:
-                steps.add_(1)
-
-
-def current_projection(layer: FlyLoraLinear, adapter: str) -> Tensor:
-    """A where it trains: with a gradient while it does, and without one from the step on at which it is frozen.
-
-    It stays a parameter that the optimizer holds, so that a resumed run finds the optimizer's state as it was.
-    """
-    trained: Tensor = layer.flylora_trained_A[adapter]
-    limit = layer.ablations[adapter].trained_steps
-    frozen = limit is not None and int(layer.flylora_steps[adapter]) >= limit
-    return trained.detach() if frozen else trained
-
-
-def altered(
-    ablation: Ablation, layer: FlyLoraLinear, x: Tensor, arguments: dict[str, Any]
-) -> tuple[Tensor, dict[str, Any]]:
-    """The input and the arguments of `functional.routed_update` with which it computes the ablation.
-
-    Where A trains, the input is y = x A^T, with its gradient to A, and the projection is the identity: the routed
-    update of y then equals that of x, and has nothing to know of an A that trains.
-    """
-    projection = arguments["projection"]
-    if ablation.aux_coefficient is not None and layer.training:
-        bias, blocks = arguments["routing_bias"], arguments["blocks"]
-        x = carry_balance_loss(x, projection, bias, blocks, ablation.aux_coefficient, layer.context)
-    if ablation.trained:
-        x = functional.project(x, projection)
-        arguments = {**arguments, "projection": torch.eye(projection.shape[0], dtype=x.dtype, device=x.device)}
-    return x, arguments

@@ -1,6 +1,6 @@
 """Loss-free load balancing (Eq. 9): expert loads become steps of the routing bias, once per optimizer step.
 
-Backward counts how many tokens chose each rank. After an optimizer step, the layers whose B that optimizer holds move
+Backward counts how many tokens chose each rank. After an optimizer step, the layers whose B that optimizer trains move
 their routing bias by ``sign(mean(c) - c_i)`` steps and forget the counts. PyTorch's public optimizer-step hook sees
 every optimizer, so nothing has to be called; engines that hide B from the optimizer (DeepSpeed, FSDP with flattened
 parameters) call [`balance_model`] after their step or use [`BalanceCallback`].
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,30 +18,45 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from transformers import TrainerCallback
 
-from flylora.functional import balance_steps
+from flylora.functional import Block, balance_steps
 from flylora.tuner.optimizer_steps import after_optimizer_steps, positions
 
-if TYPE_CHECKING:
-    from flylora.tuner.layer import FlyLoraLinear
 
-_layers: weakref.WeakSet[FlyLoraLinear] = weakref.WeakSet()
+class BalancedLayer:
+    """A layer whose loads are balanced; dictionaries by the adapter's name.
+
+    Attributes:
+        flylora_B: B, (m, r). flylora_d: the routing bias in steps, (r,) int32. routing: the blocks of r.
+        expert_load: tokens that chose each rank since the last optimizer step, (r,) int64; a plain attribute, because
+            DDP overwrites buffers. Adapters that are not balanced have none.
+        last_load: what ``expert_load`` was at the last step.
+    """
+
+    module_name: str
+    flylora_B: Any
+    flylora_d: Any
+    routing: dict[str, tuple[Block, ...]]
+    expert_load: dict[str, Tensor]
+    last_load: dict[str, Tensor]
+
+    def track(self) -> None:
+        """Let optimizer steps balance this layer; also needed once it was copied or unpickled."""
+        _layers.add(self)
+        after_optimizer_steps(_balance_trained)
 
 
-def track(layer: FlyLoraLinear) -> None:
-    """Let optimizer steps balance this layer; called by the layer itself, also when it is copied or unpickled."""
-    _layers.add(layer)
-    after_optimizer_steps(_balance_held)
+_layers: weakref.WeakSet[BalancedLayer] = weakref.WeakSet()
 
 
-def _balance_held(optimizer: Optimizer) -> None:
+def _balance_trained(optimizer: Optimizer) -> None:
     position = positions(optimizer)
-    held = [
+    trained = [
         (position[id(up)], layer, adapter)
         for layer in _layers
         for adapter, up in layer.flylora_B.items()
         if id(up) in position
     ]
-    _step([(layer, adapter) for _, layer, adapter in sorted(held, key=lambda entry: entry[0])])
+    _step([(layer, adapter) for _, layer, adapter in sorted(trained, key=lambda entry: entry[0])])
 
 
 def balance_model(model: nn.Module) -> None:
@@ -50,16 +65,8 @@ def balance_model(model: nn.Module) -> None:
     For training engines whose optimizer does not hold the adapter's own parameters. Calling it where the automatic
     hook has run already changes nothing: no loads are left.
     """
-    from flylora.tuner.layer import FlyLoraLinear
-
-    _step(
-        [
-            (layer, adapter)
-            for layer in model.modules()
-            if isinstance(layer, FlyLoraLinear)
-            for adapter in layer.flylora_B
-        ]
-    )
+    layers = [module for module in model.modules() if isinstance(module, BalancedLayer)]
+    _step([(layer, adapter) for layer in layers for adapter in layer.flylora_B])
 
 
 def expert_shares(model: nn.Module, adapter: str = "default") -> dict[str, list[float]]:
@@ -67,20 +74,17 @@ def expert_shares(model: nn.Module, adapter: str = "default") -> dict[str, list[
 
     Shares lie in [0, 1] and add up to k in a block. Modules that have not been trained in this process are left out.
     """
-    from flylora.tuner.layer import FlyLoraLinear
-
     shares: dict[str, list[float]] = {}
-    layers = (module for module in model.modules() if isinstance(module, FlyLoraLinear))
-    for layer in layers:
-        load = layer.last_load.get(adapter)
-        if load is not None and load.any():
+    for layer in model.modules():
+        load = layer.last_load.get(adapter) if isinstance(layer, BalancedLayer) else None
+        if isinstance(layer, BalancedLayer) and load is not None and load.any():
             active = sum(min(block.k, block.r) for block in layer.routing[adapter])
             tokens = max(1.0, float(load.sum()) / active)
             shares[layer.module_name] = (load.double() / tokens).tolist()
     return shares
 
 
-def _step(pairs: Iterable[tuple[FlyLoraLinear, str]]) -> None:
+def _step(pairs: Iterable[tuple[BalancedLayer, str]]) -> None:
     balanced = [(layer, adapter) for layer, adapter in pairs if adapter in layer.expert_load]
     loads = [layer.expert_load[adapter] for layer, adapter in balanced]
     if not loads:

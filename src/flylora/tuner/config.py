@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Optional, Union, get_args
-
-from peft.config import PeftConfig
-from peft.utils.other import get_pattern_key
+from typing import Any, ClassVar, Literal, Optional, Union, get_args
 
 from flylora.errors import UserError
-from flylora.functional import Selection
+from flylora.functional import Block, Selection
 from flylora.projection import ProjectionInit, nonzeros_per_row
-from flylora.tuner.registration import FLYLORA
+from flylora.tuner.peft_compat import FLYLORA, PeftConfig, get_pattern_key
 
 Balance = Literal["loss_free", "aux_loss", "none"]
 ProjectionTraining = Literal["frozen", "two_phase", "trained"]
@@ -44,6 +41,10 @@ class BlockConfig:
     def nonzeros(self, in_features: int) -> int:
         """p, the non-zeros in each row of A."""
         return nonzeros_per_row(in_features, self.density)
+
+    def routing(self, seed: int) -> Block:
+        """How the block routes; ``random`` selection draws its noise from the block's own seed."""
+        return Block(self.r, self.k, self.selection, seed % (1 << 32) if self.selection == "random" else 0)
 
 
 def pattern_value(pattern: dict[str, Any], module_name: str, default: Any) -> Any:
@@ -90,6 +91,8 @@ class FlyLoraConfig(PeftConfig):
     Raises:
         flylora.UserError: (a ValueError) when a field, or fields together, cannot be meant.
     """
+
+    method: ClassVar[str] = "FlyLoRA"
 
     r: int = field(default=32, metadata={"help": "Total rank: rows of A and columns of B."})
     k: int = field(default=8, metadata={"help": "Active rank: how many of the r ranks act on a token."})

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flylora import UserError
 from flylora.lab.baselines.base import BaselineLinear
-from flylora.tuner.registration import register
+from flylora.tuner.peft_compat import register
 from lab.baselines.small import CONFIGS, adapted, config, layers, randomize, transformer
 from tiny_models import llama, seeded, tokens
 

@@ -7,7 +7,7 @@ from flylora.lab.baselines.hydra_lora import HydraLoraConfig, HydraLoraModel
 from flylora.lab.baselines.lori import LoriConfig, LoriModel, mask_adapter
 from flylora.lab.baselines.sora import SoraConfig, SoraModel, gate_sparsity
 from flylora.lab.baselines.split_lora import SplitLoraConfig, SplitLoraModel
-from flylora.tuner.registration import register
+from flylora.tuner.peft_compat import register
 
 __all__ = [
     "DropLoraConfig",

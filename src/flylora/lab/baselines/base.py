@@ -8,30 +8,19 @@ give the update; all else, from injection to saving, is here or PEFT's.
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Optional, Union
 
 import torch
-from peft.config import PeftConfig
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-    quantization_extra_repr,
-    resolve_quantization_backend,
-)
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
-from transformers.pytorch_utils import Conv1D
 
 from flylora.errors import UserError
 from flylora.tuner.config import check_positive_int, check_targets
+from flylora.tuner.linear import AdaptedLinear, AdaptedModel
 from flylora.tuner.optimizer_steps import after_optimizer_steps, positions
-from flylora.tuner.registration import peft_type
-from flylora.tuner.weights import merge_updates, shifted_weight
+from flylora.tuner.peft_compat import BufferDict, PeftConfig, peft_type
 
 
 @dataclass
@@ -116,7 +105,7 @@ class Held(NamedTuple):
     lr: float
 
 
-class BaselineLinear(nn.Module, BaseTunerLayer):
+class BaselineLinear(AdaptedLinear):
     """Adapters of one baseline on nn.Linear, a quantized linear layer, or transformers' Conv1D.
 
     A method's class names its tensors in ``adapter_layer_names`` (parameters) and ``buffer_names``, and says in
@@ -129,34 +118,24 @@ class BaselineLinear(nn.Module, BaseTunerLayer):
         configs: the config of each adapter, by the adapter's name.
     """
 
+    routed_merge = (
+        "The adapter '{name}' weights its experts anew for every token, so it is not linear in its input and cannot be "
+        "merged into the weights: keep it as an adapter."
+    )
     stepped_name: ClassVar[str] = ""
     buffer_names: ClassVar[tuple[str, ...]] = ()
     frozen_names: ClassVar[tuple[str, ...]] = ()
-    other_param_names: tuple[str, ...] = ("configs", "dropouts", "scaling")
+    other_param_names: tuple[str, ...] = ("configs", "dropouts", "scaling", "base_scaling")
     mergeable: ClassVar[bool] = True
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: BaselineConfig, **kwargs: Any) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.quantization_backend = resolve_quantization_backend(
-            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
-        )
-        in_features, out_features = _get_in_out_features(self.get_base_layer())
-        assert in_features is not None
-        assert out_features is not None
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(base_layer, adapter_name, **kwargs)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict({}))
         for name in self.buffer_names:
             setattr(self, name, BufferDict(persistent=True))
         self.dropouts = nn.ModuleDict({})
         self.configs: dict[str, Any] = {}
-        self.scaling: dict[str, float] = {}
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self.cast_input_dtype_enabled = True
-        self.kwargs = kwargs
-        self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
         self._track()
 
@@ -179,10 +158,6 @@ class BaselineLinear(nn.Module, BaseTunerLayer):
         """What the adapter adds to the base layer's output: x (..., n) -> (..., m)."""
         raise NotImplementedError
 
-    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """(up, down), (m, r) and (r, n), whose product times s is the adapter in evaluation; for mergeable methods."""
-        raise NotImplementedError
-
     @classmethod
     def after_step(cls, held: list[Held], optimizer: Optimizer) -> None:
         """What follows an optimizer step that trained one adapter of the ``held`` layers."""
@@ -199,7 +174,7 @@ class BaselineLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         """Add an adapter with its initial tensors."""
         self.configs[adapter_name] = config
-        self.scaling[adapter_name] = config.scaling
+        self.scaling[adapter_name] = self.base_scaling[adapter_name] = config.scaling
         self.dropouts[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         for name, tensor in self.new_tensors(config).items():
             held = getattr(self, name)
@@ -213,59 +188,27 @@ class BaselineLinear(nn.Module, BaseTunerLayer):
         """Whether this layer has the adapter."""
         return adapter in self.configs
 
+    def is_linear(self, adapter: str) -> bool:
+        """Whether the adapter is a plain product B A in evaluation."""
+        return self.mergeable
+
     # --- forward ------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """out = W x + the active adapters' updates; x is (..., n), the result (..., m)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        out: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return out
-        if self.quantization_backend is not None:
-            out = self.quantization_backend.maybe_clone_base_result(out)
+            return self.base_layer(x, *args, **kwargs)
+        out = self.base_output(x, *args, **kwargs)
         for name in self.active_adapters:
             if self.is_on(name):
                 dtype = getattr(self, self.adapter_layer_names[0])[name].dtype
                 out = out + self.update(name, self._cast_input_dtype(x, dtype)).to(out.dtype)
         return out
 
-    # --- merging into the weights -------------------------------------------------------------------------------------
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter is a plain product B A in evaluation."""
-        return self.mergeable
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """s times up times down, in the shape of the base layer's weight: (m, n) or, for Conv1D, (n, m).
-
-        Raises:
-            flylora.UserError: for a method that routes.
-        """
-        if not self.mergeable:
-            raise UserError(ROUTED_MERGE.format(name=adapter))
-        up, down = self.factors(adapter)
-        dtype = torch.promote_types(up.dtype, torch.float32)
-        delta = (up.to(dtype) * self.scaling[adapter]) @ down.to(dtype)
-        return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
-
-    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
-        """Add adapters to the base weight; ``safe_merge`` checks the result for NaN and infinity first."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.is_on(name)]
-        merge_updates(self, {name: self.get_delta_weight(name) for name in names}, safe_merge)
-
-    def unmerge(self) -> None:
-        """Subtract the merged adapters from the base weight again."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            self.set_base_weight(shifted_weight(self, -self.get_delta_weight(self.merged_adapters.pop())))
-
     def __repr__(self) -> str:
         return f"{next(iter(self.configs.values())).method}." + super().__repr__()
-
-    def extra_repr(self) -> str:
-        return quantization_extra_repr(self)
 
 
 _stepped: weakref.WeakSet[BaselineLinear] = weakref.WeakSet()
@@ -294,62 +237,12 @@ def new_down(r: int, in_features: int) -> Tensor:
     return down
 
 
-class BaselineModel(BaseTuner):
-    """Puts a baseline's adapters into a model; use it through `peft.get_peft_model`.
-
-    Raises:
-        TypeError: for layers other than nn.Linear, Conv1D and the quantized linears PEFT knows.
-        ValueError: for nn.MultiheadAttention's projection, whose adapter would never be called.
-    """
+class BaselineModel(AdaptedModel):
+    """Puts a baseline's adapters into a model; use it through `peft.get_peft_model`."""
 
     tuner_layer_cls: type[BaselineLinear]
-    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-    def _create_and_replace(
-        self,
-        peft_config: BaselineConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: Optional[str] = None,
-    ) -> None:
-        if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
-            if adapter_name not in self.active_adapters:
-                target.set_requires_grad(adapter_name, False)
-            return
-        if isinstance(parent, nn.MultiheadAttention):
-            raise ValueError(
-                f"'{current_key}' belongs to nn.MultiheadAttention, which reads its weight and never calls it, so an "
-                "adapter there would do nothing: leave it out of target_modules."
-            )
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not _is_linear(base):
-            raise TypeError(
-                f"'{current_key}' is a {type(base).__name__}, but {peft_config.method} adapts nn.Linear, Conv1D and "
-                "quantized linear layers only: leave it out of target_modules."
-            )
-        layer = self.tuner_layer_cls(target, adapter_name, peft_config, **get_quantization_kwargs(self))
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         if not self.tuner_layer_cls.mergeable:
-            raise UserError(ROUTED_MERGE.format(name=self.active_adapters[0]))
-
-
-def _is_linear(module: nn.Module) -> bool:
-    if isinstance(module, (nn.Linear, Conv1D)):
-        return True
-    backend = resolve_quantization_backend(module, get_apply_tensor_subclass=lambda: None)
-    return backend is not None and backend.layer_type == "linear"
-
-
-ROUTED_MERGE = (
-    "The adapter '{name}' weights its experts anew for every token, so it is not linear in its input and cannot be "
-    "merged into the weights: keep it as an adapter."
-)
+            raise UserError(self.tuner_layer_cls.routed_merge.format(name=self.active_adapters[0]))

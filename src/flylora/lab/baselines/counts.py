@@ -17,6 +17,7 @@ from torch import nn
 
 from flylora.errors import UserError
 from flylora.lab.baselines.base import BaselineLinear
+from flylora.tuner.ablations import AblatedLinear
 from flylora.tuner.layer import FlyLoraLinear
 
 
@@ -106,7 +107,7 @@ def layer_parameters(layer: FlyLoraLinear | BaselineLinear, adapter: str, n: flo
     if isinstance(layer, BaselineLinear):
         return layer.active_parameters(adapter, n, m)
     ranks = sum(min(block.k, block.r) if block.selection != "all" else block.r for block in layer.routing[adapter])
-    return ranks * (m + n) if adapter in layer.flylora_trained_A else ranks * m
+    return ranks * (m + n) if isinstance(layer, AblatedLinear) and adapter in layer.flylora_trained_A else ranks * m
 
 
 def _has(layer: Any, adapter: str) -> bool:

@@ -1,0 +1,216 @@
+"""What every tuner of this package shares: a layer that holds adapters beside a frozen linear layer, and its model.
+
+FlyLoRA and the baselines say which tensors an adapter has and how they act; injection, merging into the weights and
+the refusals of layers that cannot be adapted are here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar, Optional
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from flylora.errors import UserError
+from flylora.tuner.peft_compat import (
+    DEFAULT_TARGETS,
+    BaseTuner,
+    BaseTunerLayer,
+    check_adapters_to_merge,
+    features_of,
+    get_quantization_kwargs,
+    quantization_extra_repr,
+    resolve_quantization_backend,
+)
+
+
+class AdaptedLinear(nn.Module, BaseTunerLayer):
+    """Adapters on nn.Linear, on a quantized linear layer, or on transformers' Conv1D.
+
+    Attributes:
+        routed_merge: what a user is told whose adapter cannot be merged into the weights, with ``{name}``.
+        scaling, base_scaling: s of each adapter by its name, as it is now and as the config has it.
+    """
+
+    routed_merge: ClassVar[str]
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        in_features, out_features = features_of(self.get_base_layer())
+        if in_features is None or out_features is None:
+            raise TypeError(f"Unsupported layer type {type(self.get_base_layer())}")
+        self.in_features, self.out_features = in_features, out_features
+        self.scaling: dict[str, float] = {}
+        self.base_scaling: dict[str, float] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self.kwargs = kwargs
+        self._active_adapter = adapter_name
+
+    # --- what a method says ---------------------------------------------------------------------------------------
+
+    def update_layer(self, adapter_name: str, config: Any, inference_mode: bool = False, **kwargs: Any) -> None:
+        """Add an adapter with its initial tensors."""
+        raise NotImplementedError
+
+    def is_on(self, adapter: str) -> bool:
+        """Whether this layer has the adapter."""
+        raise NotImplementedError
+
+    def is_linear(self, adapter: str) -> bool:
+        """Whether the adapter is a plain product B A here, so that it can be added to the weights exactly."""
+        raise NotImplementedError
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """(up, down), (m, r) and (r, n), whose product times s is the adapter; for linear adapters only."""
+        raise NotImplementedError
+
+    # --- forward ----------------------------------------------------------------------------------------------------
+
+    def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the frozen layer gives, safe to be changed in place."""
+        out: Tensor = self.base_layer(x, *args, **kwargs)
+        return out if self.quantization_backend is None else self.quantization_backend.maybe_clone_base_result(out)
+
+    # --- merging into the weights ---------------------------------------------------------------------------------
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Only a linear adapter is a LoRA."""
+        return not self.is_on(adapter_name) or self.is_linear(adapter_name)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """s B A in the shape of the base layer's weight: (m, n) or, for Conv1D, (n, m).
+
+        Raises:
+            flylora.UserError: for an adapter that routes.
+        """
+        if not self.is_linear(adapter):
+            raise UserError(self.routed_merge.format(name=adapter))
+        up, down = self.factors(adapter)
+        dtype = torch.promote_types(up.dtype, torch.float32)
+        delta = (up.to(dtype) * self.scaling[adapter]) @ down.to(dtype)
+        return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        """Add linear adapters to the base weight; ``safe_merge`` checks the result for NaN and infinity first."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.is_on(name)]
+        for name, delta in {name: self.get_delta_weight(name) for name in names}.items():
+            self._shift_weight(delta, name if safe_merge else None)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtract the merged adapters from the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if self.is_on(name):
+                self._shift_weight(-self.get_delta_weight(name))
+
+    def _shift_weight(self, delta: Tensor, checked: str | None = None) -> None:
+        """Add to the base weight, in the update's dtype; the weight keeps its own. ``checked``: the adapter's name."""
+        _unpack(self.get_base_layer())
+        weight = self.get_base_weight()
+        shifted = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
+        if checked is not None and not torch.isfinite(shifted).all():
+            raise ValueError(f"NaNs detected in the merged weights: the adapter {checked} seems to be broken.")
+        self.set_base_weight(shifted)
+
+    # --- scaling, as PEFT's helpers set it ---------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Scale the adapter's update by ``scale`` times its own alpha / r."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.base_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: Optional[float] = None) -> None:
+        """Undo [`scale_layer`]: divide by ``scale``, or return to alpha / r for None."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = self.base_scaling[name] if scale is None else self.scaling[name] / scale
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+def _unpack(layer: nn.Module) -> None:
+    """Give a 4-bit weight of bitsandbytes back its usual order of bytes.
+
+    From 0.50 on, bitsandbytes repacks such a weight for processors with AVX-512-BF16 at the first forward without
+    gradients, and nothing but its own product can read it then: dequantizing gives another matrix. Its own function
+    undoes that, and the layer packs the weight again when it needs it.
+    """
+    state = getattr(getattr(layer, "weight", None), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked
+
+        weight: Any = layer.weight
+        weight.data, weight.quant_state = unpacked(weight.data, state)
+
+
+class AdaptedModel(BaseTuner):
+    """Puts a method's layers into a model.
+
+    Raises:
+        TypeError: for layers other than nn.Linear, Conv1D and the quantized linears PEFT knows.
+        ValueError: for nn.MultiheadAttention's projection, whose adapter would never be called.
+    """
+
+    tuner_layer_cls: type[AdaptedLinear]
+    target_module_mapping: Any = DEFAULT_TARGETS
+
+    def new_layer(self, target: nn.Module, adapter_name: str, config: Any, module_name: str) -> AdaptedLinear:
+        """The layer that takes the place of ``target``."""
+        return self.tuner_layer_cls(target, adapter_name, config, **get_quantization_kwargs(self))  # type: ignore[call-arg]
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: Optional[str] = None,
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+            if adapter_name not in self.active_adapters:
+                target.set_requires_grad(adapter_name, False)
+            return
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"'{current_key}' belongs to nn.MultiheadAttention, which reads its weight and never calls it, so an "
+                "adapter there would do nothing: leave it out of target_modules."
+            )
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not is_linear_layer(base):
+            raise TypeError(
+                f"'{current_key}' is a {type(base).__name__}, but {peft_config.method} adapts nn.Linear, Conv1D and "
+                "quantized linear layers only: leave it out of target_modules."
+            )
+        layer = self.new_layer(target, adapter_name, peft_config, current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+
+def is_linear_layer(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that can be adapted."""
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    backend = resolve_quantization_backend(module, get_apply_tensor_subclass=lambda: None)
+    return backend is not None and backend.layer_type == "linear"

@@ -1,0 +1,134 @@
+"""The weighted average or sum of adapters in one model, as one more adapter; exact, because all blocks are kept.
+
+For adapters t with weights w_t and scalings s_t, the new adapter's blocks are theirs side by side, each with its own A,
+routing bias and selection, and its B is [w_1 s_1 B_1 | w_2 s_2 B_2 | ...] over its own scaling. Saved adapters are
+merged by `flylora.merge`, which knows more methods and shares equal projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Literal, Optional, get_args
+
+import torch
+from torch import nn
+
+from flylora.errors import UserError
+from flylora.projection import Identity, split_blocks
+from flylora.tuner.config import FlyLoraConfig
+from flylora.tuner.layer import FlyLoraLinear, ProjectionState
+from flylora.tuner.state import layers_with
+
+Combination = Literal["average", "sum", "linear"]
+
+
+def weighted_config(
+    model: nn.Module,
+    configs: Mapping[str, Any],
+    adapters: Sequence[str],
+    weights: Optional[Sequence[float]],
+    adapter_name: str,
+    combination_type: Combination,
+) -> tuple[FlyLoraConfig, list[float]]:
+    """The new adapter's config, and the share of each adapter in it.
+
+    Raises:
+        flylora.UserError: see `FlyLoraModel.add_weighted_adapter`.
+    """
+    if combination_type not in get_args(Combination):
+        raise UserError(
+            f"combination_type is {combination_type!r}, which routed adapters do not have: choose 'average' or 'sum', "
+            "or save the adapters and merge them with flylora.merge, which has more methods."
+        )
+    if isinstance(adapters, str) or not adapters:
+        raise UserError(f"adapters is {adapters!r}, but must be a list of at least one adapter's name.")
+    unknown = [name for name in adapters if name not in configs]
+    if unknown:
+        raise UserError(f"The model has no adapter {unknown[0]!r}: choose among {', '.join(sorted(configs))}.")
+    if adapter_name in configs:
+        raise UserError(f"The model has an adapter {adapter_name!r} already: choose another adapter_name.")
+    given = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
+    if len(given) != len(adapters):
+        raise UserError(f"There are {len(given)} weights for {len(adapters)} adapters: give one for each.")
+    total = 1.0 if combination_type != "average" else sum(given)
+    if not total:
+        raise UserError("The weights add up to 0, so they have no average: choose others, or combination_type 'sum'.")
+    sources: list[FlyLoraConfig] = [configs[name] for name in adapters]
+    if any(config.modules_to_save for config in sources):
+        raise UserError("Adapters with modules_to_save hold whole modules, which cannot be combined: train without.")
+
+    modules = {name: {layer.module_name for _, layer in layers_with(model, name)} for name in adapters}
+    everywhere = set().union(*modules.values())
+    blocks = []
+    for name, config in zip(adapters, sources, strict=True):
+        # Where an adapter is absent, its block keeps one rank whose B is 0.
+        absent = dict.fromkeys(sorted(everywhere - modules[name]), 1)
+        for block in config.block_configs():
+            blocks.append(asdict(replace(block, rank_pattern={**absent, **block.rank_pattern})))
+    first = sources[0]
+    alike = all(_targets(config) == _targets(first) for config in sources)
+    elsewhere: dict[str, Any] = {
+        "target_modules": everywhere,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+    merged = replace(
+        first,
+        blocks=blocks,
+        alpha=None,
+        density=None,
+        rank_pattern={},
+        projection_init="gaussian",
+        projection_training="frozen",
+        projection_steps=None,
+        balance="loss_free" if first.balance == "aux_loss" else first.balance,
+        in_features=None,
+        **({} if alike else elsewhere),
+    )
+    return merged, [weight / total for weight in given]
+
+
+def _targets(config: FlyLoraConfig) -> tuple[Any, ...]:
+    return (config.target_modules, config.exclude_modules, config.layers_to_transform, config.layers_pattern)
+
+
+@torch.no_grad()
+def fill_weighted(
+    model: nn.Module, configs: Mapping[str, Any], adapters: Sequence[str], shares: Sequence[float], adapter_name: str
+) -> None:
+    """Give the new adapter its A, B and d, from the adapters it is made of."""
+    sources = [(name, share, len(configs[name].block_configs())) for name, share in zip(adapters, shares, strict=True)]
+    for _, layer in layers_with(model, adapter_name):
+        if _fill(layer, sources, adapter_name):
+            configs[adapter_name].save_projection = True
+
+
+def _fill(layer: FlyLoraLinear, sources: Sequence[tuple[str, float, int]], adapter_name: str) -> bool:
+    """One layer's part; returns whether its A has to be saved, because the seeds do not give it back.
+
+    Args:
+        sources: each adapter's name, its share and the number of its blocks.
+    """
+    blocks, up, steps = layer.block_configs[adapter_name], layer.flylora_B[adapter_name], layer.flylora_d[adapter_name]
+    seeds = layer.projection_state[adapter_name].identity.seeds
+    parts = list(split_blocks(layer.projection(adapter_name), blocks, seeds))
+    stacked = torch.zeros(up.shape, dtype=torch.promote_types(up.dtype, torch.float32), device=up.device)
+    restored, first, column = False, 0, 0
+    for name, share, count in sources:
+        mine = slice(first, first + count)
+        columns = slice(column, column + sum(block.r for block in blocks[mine]))
+        first, column = mine.stop, columns.stop
+        if not layer.is_on(name):
+            continue
+        own, state = layer.block_configs[name], layer.projection_state[name]
+        parts[mine] = split_blocks(layer.projection(name), own, state.identity.seeds)
+        drawn_alike = all(a.density == b.density for a, b in zip(own, blocks[mine], strict=True))
+        restored |= state != ProjectionState(Identity.of(parts[mine])) or not drawn_alike
+        factor = share * layer.scaling[name] / layer.scaling[adapter_name]
+        stacked[:, columns] = layer.flylora_B[name].to(stacked) * factor
+        steps[columns] = layer.flylora_d[name].to(steps.device)
+    up.data = stacked
+    layer.keep_projection(adapter_name, tuple(parts), restored)
+    return restored
