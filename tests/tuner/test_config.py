@@ -28,7 +28,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"density": 1.5}, r"density is 1\.5, .*\(0, 1\]"),
     ({"density": float("nan")}, r"density is nan"),
     ({"alpha": float("inf")}, r"alpha is inf, but must be a finite number"),
-    ({"dropout": 1.0}, r"dropout is 1\.0, but a probability in \[0, 1\)"),
+    ({"dropout": 1.0}, r"dropout is 1\.0, but must be a number in \[0, 1\)"),
     ({"dropout": -0.1}, r"dropout is -0\.1"),
     ({"balance_rate": -1e-3}, r"balance_rate is -0\.001, .*>= 0"),
     ({"balance_rate": float("nan")}, r"balance_rate is nan"),
@@ -53,10 +53,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"target_modules": ".*q", "layers_pattern": "h"}, r"layers_pattern cannot be combined"),
     ({"target_modules": "all-linear", "layers_to_transform": [0]}, r"layers_to_transform cannot .* 'all-linear'"),
-    ({"alpha": "64"}, r"alpha is '64', but must be a number or None"),
-    ({"density": "0.5"}, r"density is '0\.5', but must be a number or None"),
-    ({"dropout": None}, r"dropout is None, but must be a number\."),
-    ({"balance_rate": True}, r"balance_rate is True, but must be a number\."),
+    ({"alpha": "64"}, r"alpha is '64', but must be a finite number, or None for 2 r"),
+    ({"density": "0.5"}, r"density is '0\.5', but must be a number in \(0, 1\], or None"),
+    ({"dropout": None}, r"dropout is None, but must be a number in"),
+    ({"balance_rate": True}, r"balance_rate is True, but must be a finite number"),
     ({"target_modules": ["q"], "layers_pattern": "h"}, r"layers_pattern is given without layers_to_transform"),
     ({"format_version": FORMAT_VERSION + 1}, r"format version 2, .*upgrade flylora"),
     ({"blocks": []}, r"blocks is empty"),
@@ -66,8 +66,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"blocks": [{**BLOCK, "density": None}]}, r"In a block of this adapter: density is None"),
     ({"blocks": [BLOCK, {**BLOCK, "selection": "topk"}]}, r"In a block of this adapter: selection is 'topk'"),
     ({"blocks": [{**BLOCK, "rank_pattern": {"q": 0}}]}, r"In a block of this adapter: rank_pattern\['q'\] is 0"),
-    ({"blocks": [BLOCK], "alpha": "64"}, r"alpha is '64', but must be a number"),
-    ({"blocks": [BLOCK], "dropout": 2}, r"dropout is 2, but a probability"),
+    ({"blocks": [BLOCK], "alpha": "64"}, r"alpha is '64', but must be a finite number"),
+    ({"blocks": [BLOCK], "dropout": 2}, r"dropout is 2, but must be a number in"),
     ({"blocks": [{**BLOCK, "rho": 1}]}, r"unknown fields \['rho'\]"),
     ({"blocks": [{"r": 4, "k": 2}]}, r"lacks \['density', 'projection_seed'\]"),
 ]
@@ -79,6 +79,39 @@ def test_what_cannot_be_meant_is_refused_in_one_sentence(changes: dict[str, Any]
         FlyLoraConfig(**changes)
     assert isinstance(caught.value, ValueError)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("lora_alpha", "write alpha"),
+        ("lora_dropout", "write dropout"),
+        ("rank", "write r"),
+        ("top_k", "write k"),
+        ("use_rslora", "choose alpha"),
+        ("init_lora_weights", "leave it out"),
+    ],
+)
+def test_loras_names_are_answered_with_the_right_ones(name: str, instead: str) -> None:
+    with pytest.raises(UserError, match=f"FlyLoraConfig has no {name}: .*{instead}"):
+        FlyLoraConfig(**{name: 16})
+
+
+def test_other_unknown_names_are_pefts_to_drop(tmp_path: Path) -> None:
+    """PEFT reads a config of a newer version by leaving out what it does not know, for which it needs the TypeError."""
+    with pytest.raises(TypeError, match="unexpected keyword argument 'of_tomorrow'"):
+        FlyLoraConfig(of_tomorrow=1)
+    FlyLoraConfig(r=16).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "of_tomorrow": 1}))
+    with pytest.warns(UserWarning, match="of_tomorrow"):
+        assert PeftConfig.from_pretrained(str(tmp_path)).r == 16
+
+
+def test_all_linear_layers_but_the_head_are_adapted_by_default() -> None:
+    model = get_peft_model(llama(), FlyLoraConfig(r=4, k=2))
+    names = {layer.module_name.rpartition(".")[2] for layer in layers(model)}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 def test_defaults_are_the_papers() -> None:

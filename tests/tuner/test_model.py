@@ -37,7 +37,7 @@ DEFAULTS = {
 def test_every_shape_of_transformer(name: str) -> None:
     base = ARCHITECTURES[name]().eval()
     expected = logits(base)
-    model = get_peft_model(base, config())
+    model = get_peft_model(base, config(target_modules=None))
     assert {layer.module_name.rpartition(".")[2] for layer in layers(model)} == DEFAULTS[name]
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {n for n, _ in model.named_parameters() if n.endswith("flylora_B.default")}

@@ -160,3 +160,23 @@ def test_merging_refuses_routing_and_is_right_up_to_quantization(kind: str) -> N
     merged = model(x)
     # Quantizing again costs something, but far less than the update itself.
     assert (merged - expected).abs().mean() < 0.2 * (base - expected).abs().mean()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["usual order", "packed for the processor"])
+def test_a_4bit_weight_is_merged_into_alike_in_either_order_of_bytes(packed: bool) -> None:
+    """On processors with AVX-512-BF16 bitsandbytes packs the weight in another order; here on any processor."""
+    pack = pytest.importorskip("bitsandbytes.functional")._convert_weight_packed_for_cpu
+    model, layer = adapted("4bit", k=8)
+    model.eval()
+    base = layer.get_base_layer()
+    base.support_avx512bf16_for_cpu = False  # the layer itself shall not pack
+    x = torch.randn(20, N, generator=torch.Generator().manual_seed(4))
+    expected, bare = model(x), base(x)
+    if packed:
+        base.weight.data, base.weight.quant_state = pack(base.weight.data, base.weight.quant_state)
+    model.merge_adapter()
+    assert (model(x) - expected).abs().mean() < 0.2 * (bare - expected).abs().mean()
+    if packed:
+        base.weight.data, base.weight.quant_state = pack(base.weight.data, base.weight.quant_state)
+    model.unmerge_adapter()
+    assert (model.base_model.model[0].get_base_layer()(x) - bare).abs().mean() < 0.2 * (bare - expected).abs().mean()

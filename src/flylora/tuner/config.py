@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, Optional, Union, get_args
+from typing import Annotated, Any, ClassVar, Literal, Optional, Union, get_args
+
+import pydantic
+from annotated_types import Ge, Gt, Le, Lt
 
 from flylora.errors import UserError
 from flylora.functional import Block, Selection
@@ -78,8 +81,8 @@ class FlyLoraConfig(PeftConfig):
         balance_coefficient: weight of the auxiliary loss of each layer, for ``aux_loss``.
         balance_rate: u, the step of the routing bias, in the units of the scores.
         save_projection: also store A (sparse) in the adapter file, for archives.
-        target_modules: names, a regular expression or "all-linear", as in any PEFT config. None: PEFT's defaults for
-            the architecture.
+        target_modules: names, a regular expression, or "all-linear" (all linear layers but the output head), as in any
+            PEFT config. None: PEFT's defaults for the architecture.
         exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in any PEFT config.
         rank_pattern: other values of r for modules whose name matches a key.
         bias: only "none": FlyLoRA trains no biases.
@@ -89,7 +92,7 @@ class FlyLoraConfig(PeftConfig):
         format_version: of the saved adapter.
 
     Raises:
-        flylora.UserError: (a ValueError) when a field, or fields together, cannot be meant.
+        flylora.UserError: (a ValueError) for invalid values, also of fields that do not fit each other.
     """
 
     method: ClassVar[str] = "FlyLoRA"
@@ -127,7 +130,7 @@ class FlyLoraConfig(PeftConfig):
     balance_rate: float = field(default=1e-3, metadata={"help": "u, the step of the routing bias."})
     save_projection: bool = field(default=False, metadata={"help": "Also store A in the adapter file."})
     target_modules: Optional[Union[list[str], str]] = field(
-        default=None,
+        default="all-linear",
         metadata={"help": "Names, a regular expression or 'all-linear'. None: PEFT's defaults."},
     )
     exclude_modules: Optional[Union[list[str], str]] = field(
@@ -171,26 +174,14 @@ class FlyLoraConfig(PeftConfig):
                 f"This adapter has format version {self.format_version}, but this flylora reads up to version "
                 f"{FORMAT_VERSION}: upgrade flylora to load it."
             )
-        self._check_choices()
+        for name, (kind, wanted) in _FIELDS.items():
+            check_value(name, getattr(self, name), kind, wanted)
         self._check_ablations()
-        self._check_numbers()
         if self.blocks is not None:
             self._check_blocks()
         else:
             self._check_ranks()
         check_targets(self)
-
-    def _check_choices(self) -> None:
-        for name, kind in (
-            ("projection_init", ProjectionInit),
-            ("projection_training", ProjectionTraining),
-            ("selection", Selection),
-            ("balance", Balance),
-            ("bias", Literal["none"]),
-        ):
-            value, allowed = getattr(self, name), get_args(kind)
-            if value not in allowed:
-                raise UserError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, allowed))}.")
 
     def _check_ablations(self) -> None:
         if self.balance == "aux_loss" and self.selection in ("random", "all"):
@@ -201,7 +192,6 @@ class FlyLoraConfig(PeftConfig):
         if self.projection_training == "two_phase":
             if self.projection_steps is None:
                 raise UserError("projection_training is 'two_phase' without projection_steps: say how long A trains.")
-            check_positive_int("projection_steps", self.projection_steps)
         elif self.projection_steps is not None:
             raise UserError(
                 f"projection_steps is given but projection_training is '{self.projection_training}': only 'two_phase' "
@@ -214,29 +204,7 @@ class FlyLoraConfig(PeftConfig):
                 )
             self.save_projection = True  # no seed gives back what was trained
 
-    def _check_numbers(self) -> None:
-        for name in ("alpha", "density", "dropout", "balance_rate", "balance_coefficient"):
-            value, optional = getattr(self, name), name in ("alpha", "density")
-            if isinstance(value, bool) or not isinstance(value, (int, float) + (type(None),) * optional):
-                raise UserError(f"{name} is {value!r}, but must be a number{' or None' * optional}.")
-        if self.density is not None and not 0 < self.density <= 1:
-            raise UserError(
-                f"density is {self.density}, but the share of non-zeros in a row of A must lie in (0, 1]: "
-                "choose e.g. 0.25, or None for k / r."
-            )
-        if self.alpha is not None and not math.isfinite(self.alpha):
-            raise UserError(f"alpha is {self.alpha}, but must be a finite number; None means 2 r.")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}, but a probability in [0, 1) is needed.")
-        for name in ("balance_rate", "balance_coefficient"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}, but must be a finite number >= 0.")
-        if isinstance(self.projection_seed, bool) or not isinstance(self.projection_seed, int):
-            raise UserError(f"projection_seed is {self.projection_seed!r}, but must be an integer.")
-
     def _check_ranks(self) -> None:
-        for name in ("r", "k"):
-            check_positive_int(name, getattr(self, name))
         if self.k > self.r:
             raise UserError(f"k is {self.k} but r is {self.r}: k counts active ranks, so choose k <= r.")
         assert self.rank_pattern is not None
@@ -340,5 +308,79 @@ def check_targets(config: Any) -> None:
 
 
 def check_positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{name} is {value!r}, but must be a whole number of at least 1.")
+    """Raise a [`flylora.UserError`] where ``value`` is no whole number of at least 1."""
+    check_value(name, value, *_COUNT)
+
+
+def check_value(name: str, value: Any, kind: pydantic.TypeAdapter[Any], wanted: str) -> None:
+    """Raise a [`flylora.UserError`] where ``value`` is not of a kind; nothing is converted."""
+    try:
+        kind.validate_python(value)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{name} is {value!r}, but must be {wanted}.") from error
+
+
+def _kind(annotation: Any) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(annotation, config=pydantic.ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def _choice(annotation: Any) -> tuple[pydantic.TypeAdapter[Any], str]:
+    return _kind(annotation), f"one of {', '.join(map(repr, get_args(annotation)))}"
+
+
+_COUNT = (_kind(Annotated[int, Ge(1)]), "a whole number of at least 1")
+_AMOUNT = (_kind(Annotated[float, Ge(0)]), "a finite number >= 0")
+
+# What each field may be, and how an error says it.
+_FIELDS: dict[str, tuple[pydantic.TypeAdapter[Any], str]] = {
+    "r": _COUNT,
+    "k": _COUNT,
+    "alpha": (_kind(Optional[float]), "a finite number, or None for 2 r"),
+    "dropout": (_kind(Annotated[float, Ge(0), Lt(1)]), "a number in [0, 1)"),
+    "density": (_kind(Optional[Annotated[float, Gt(0), Le(1)]]), "a number in (0, 1], or None for k / r"),
+    "projection_seed": (_kind(int), "an integer"),
+    "projection_init": _choice(ProjectionInit),
+    "projection_training": _choice(ProjectionTraining),
+    "projection_steps": (_kind(Optional[Annotated[int, Ge(1)]]), "a whole number of at least 1, or None"),
+    "selection": _choice(Selection),
+    "balance": _choice(Balance),
+    "balance_coefficient": _AMOUNT,
+    "balance_rate": _AMOUNT,
+    "bias": _choice(Literal["none"]),
+}
+
+# What LoRA's options are called here, or why there is no such option.
+_LORA_NAMES = {
+    "lora_alpha": "write alpha",
+    "lora_dropout": "write dropout",
+    "lora_r": "write r",
+    "rank": "write r",
+    "lora_rank": "write r",
+    "top_k": "write k",
+    "topk": "write k",
+    "num_experts_per_tok": "write k",
+    "rho": "write density",
+    "sparsity": "write density, the share of non-zeros",
+    "seed": "write projection_seed",
+    "lora_bias": "no biases are trained, so leave it out",
+    "use_rslora": "the update is scaled by alpha / r, so choose alpha",
+    "use_dora": "DoRA has no part in FlyLoRA, so leave it out",
+    "init_lora_weights": "B starts at 0 and A is drawn from projection_seed, so leave it out",
+    "alpha_pattern": "alpha None scales by 2 everywhere, so leave it out",
+}
+
+
+def _explain_lora_names(cls: type[FlyLoraConfig]) -> None:
+    """Let the constructor answer to LoRA's names with the right ones; any other unknown name stays a TypeError."""
+    plain = cls.__init__
+
+    @functools.wraps(plain)
+    def init(self: FlyLoraConfig, *args: Any, **given: Any) -> None:
+        for name in given.keys() & _LORA_NAMES.keys():
+            raise UserError(f"FlyLoraConfig has no {name}: {_LORA_NAMES[name]}.")
+        plain(self, *args, **given)
+
+    cls.__init__ = init  # type: ignore[method-assign]
+
+
+_explain_lora_names(FlyLoraConfig)
