@@ -24,7 +24,7 @@ def test_counts_must_be_positive(name: str) -> None:
         ({"task": "t", "lm_eval": "u"}, "Both task and lm_eval are given"),
         ({"lm_eval": "u", "loss_only": True}, "loss_only is for tasks of ours"),
         ({"task": "t", "temperature": -0.1}, "temperature must be at least 0, not -0.1"),
-        ({"task": "t", "temperature": float("nan")}, "temperature must be at least 0"),
+        ({"task": "t", "temperature": float("nan")}, "temperature must be a finite number"),
         ({"task": "t", "samples": 5}, "5 samples would all be the same at temperature 0"),
     ],
 )

@@ -19,7 +19,7 @@ from conftest import make_model
 from flylora.errors import UserError
 from flylora.lab.evaluation import EvalConfig, evaluate_with_harness
 from flylora.lab.evaluation.harness import HarnessRecord
-from flylora.lab.evaluation.run import NO_OP
+from flylora.lab.evaluation.subject import NO_OP
 from flylora.lab.show import show_evaluation
 from flylora.lab.training.methods import attach, method_config
 from flylora.models import LoadedModel, load_model

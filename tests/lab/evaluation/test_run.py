@@ -17,8 +17,9 @@ from flylora.errors import UserError
 from flylora.lab.evaluation import EvalConfig, evaluate
 from flylora.lab.evaluation import run as evaluation_run
 from flylora.lab.evaluation.record import EvalRecord
-from flylora.lab.evaluation.run import NO_OP, OTHER_WEIGHTS, standard_error
+from flylora.lab.evaluation.run import standard_error
 from flylora.lab.evaluation.sandbox import Verdict, check_isolation
+from flylora.lab.evaluation.subject import NO_OP, OTHER_WEIGHTS
 from flylora.lab.tasks import Example, load_task
 from flylora.lab.training.methods import attach, method_config
 from flylora.models import LoadedModel, load_model

@@ -17,12 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from conftest import make_tokenizer
 from exported_adapters import SaveAdapter
-from flylora.adapted import adapted
+from flylora.adapted import OTHER_WEIGHTS, adapted
 from flylora.adapter_folder import read_adapter
 from flylora.errors import UserError
 from flylora.export.record import RECORD_NAME, ExportRecord
 from flylora.functional import routed_codes, select
-from flylora.lab.evaluation.run import OTHER_WEIGHTS
 from flylora.lab.exporting.config import ExportConfig
 from flylora.lab.exporting.run import export, read_source
 from flylora.lab.training.record import TrainRecord

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import NonNegativeFloat
+
 from flylora.errors import UserError
+from flylora.options import Count, options
 
 ChoiceScore = Literal["sum", "per_byte"]
 
 
+@options
 @dataclass(frozen=True)
 class EvalConfig:
     """Settings of one evaluation.
@@ -45,11 +48,11 @@ class EvalConfig:
     out: str | None = None
     data_dir: str | None = None
     split: Literal["train", "validation", "test"] = "test"
-    limit: int | None = None
-    batch_size: int = 16
-    max_new_tokens: int | None = None
-    samples: int = 1
-    temperature: float = 0.0
+    limit: Count | None = None
+    batch_size: Count = 16
+    max_new_tokens: Count | None = None
+    samples: Count = 1
+    temperature: NonNegativeFloat = 0.0
     loss_only: bool = False
     allow_code_execution: bool = False
     choice_score: ChoiceScore = "sum"
@@ -60,20 +63,14 @@ class EvalConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ``UserError`` for invalid values."""
+        """Raises ``UserError`` for options that do not fit together."""
         if self.task is None and self.lm_eval is None:
             raise UserError("No task is given: name one with --task, or one of lm-evaluation-harness with --lm-eval.")
         if self.task is not None and self.lm_eval is not None:
             raise UserError("Both task and lm_eval are given: evaluate them one after the other.")
         if self.lm_eval is not None and self.loss_only:
             raise UserError("loss_only is for tasks of ours, not for lm-evaluation-harness: leave it out.")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"temperature must be at least 0, not {self.temperature:g}.")
         if self.samples > 1 and self.temperature == 0:
             raise UserError(
                 f"{self.samples} samples would all be the same at temperature 0: give a temperature such as 0.8."
             )
-        for name in ("limit", "batch_size", "max_new_tokens", "samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, not {value}.")

@@ -34,11 +34,11 @@ def token_log_likelihoods(
         For each row, in the order given, one number for each label that is not ``IGNORED``.
     """
     base = base_of(model)
-    found: list[list[float]] = [[] for _ in rows]
+    likelihoods: list[list[float]] = [[] for _ in rows]
     for chosen, batch in batches(rows, batch_size, base.device):
         logits, targets, counts = labelled_logits(model, **batch)
         losses = cross_entropy(logits, targets, reduction="none")
         for i, loss in zip(chosen, losses.cpu().split(counts.tolist()), strict=True):
-            found[i] = (-loss.double()).tolist()
+            likelihoods[i] = (-loss.double()).tolist()
         advance(len(chosen))
-    return found
+    return likelihoods

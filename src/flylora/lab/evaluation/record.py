@@ -9,16 +9,31 @@ from flylora.records import Record
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalRecord(Record):
+class Measurement(Record):
+    """What every evaluation records.
+
+    Attributes:
+        dtype: Of the base model's weights.
+        adapter_fingerprint: sha256 over the adapter's tensors; ``None`` for the base model alone.
+        adapter_active: Whether the adapter changes the logits of a probe batch; ``None`` for the base model alone.
+        notes: Sentences a reader of the figures must know.
+        seconds: Time spent, without loading.
+    """
+
+    dtype: str
+    adapter_fingerprint: str | None
+    adapter_active: bool | None
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRecord(Measurement):
     """Accuracy and loss of one model on one split of one task.
 
     Attributes:
         task: Name, version, kind, prompt (if it has a name), extractor and metric of the task.
         split: Which part of its data.
-        dtype: Of the base model's weights.
-        adapter_fingerprint: sha256 over the adapter's tensors; ``None`` for the base model alone.
-        adapter_active: Whether the adapter changes the logits of a probe batch; ``None`` for the base model alone.
-        notes: Sentences a reader of the figures must know.
         items_scored: n, the number of items the figures are over.
         accuracy: Mean metric over the items, from 0 to 1, for programs pass@1; ``None`` for a task that measures the
             loss alone.
@@ -30,7 +45,6 @@ class EvalRecord(Record):
         loss_tokens: How many tokens that is over.
         groups: Accuracy and number of items of each group, if the task has groups.
         too_long: Ids of items that do not fit in the model's context; they count as wrong and are not in the loss.
-        seconds: Time spent, without loading.
         items: For each item its id, output or answer scores, what was extracted, gold answer, score and loss.
     """
 
@@ -38,9 +52,6 @@ class EvalRecord(Record):
 
     task: dict[str, str]
     split: str
-    dtype: str
-    adapter_fingerprint: str | None
-    adapter_active: bool | None
     items_scored: int
     accuracy: float | None
     accuracy_stderr: float | None
@@ -48,7 +59,5 @@ class EvalRecord(Record):
     loss_tokens: int
     accuracies: dict[str, float] = field(default_factory=dict)
     groups: dict[str, dict[str, float]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
     too_long: list[str] = field(default_factory=list)
-    seconds: float = 0.0
     items: list[dict[str, Any]] = field(default_factory=list)

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from flylora.adapted import OTHER_WEIGHTS, adapted, base_of, changes_logits, trained_on_other_weights
 from flylora.errors import UserError
 from flylora.lab.data import encode
 from flylora.lab.evaluation.code import judge, pass_rates
@@ -25,18 +17,13 @@ from flylora.lab.evaluation.generation import Sampling, generate, sample_seed
 from flylora.lab.evaluation.likelihood import token_log_likelihoods
 from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.evaluation.sandbox import check_isolation
+from flylora.lab.evaluation.subject import Subject, check_out, subject, write_out
 from flylora.lab.tasks import Example, Task, load_task
 from flylora.lab.tasks.base import CodeExample
-from flylora.models import LoadedModel, load_model
-from flylora.records import Provenance, now, progress, provenance, write_record
+from flylora.models import LoadedModel
+from flylora.records import progress
 from flylora.texts import Encoded, encode_prompt, end_token_id, fit_prompt
 
-logger = logging.getLogger(__name__)
-
-NO_OP = (
-    "The adapter is a no-op: the logits of a probe batch are the same with it and without it, so these figures are "
-    "the base model's."
-)
 _PROBE_ITEMS = 4
 
 
@@ -44,12 +31,17 @@ _PROBE_ITEMS = 4
 class _Setting:
     """What every part of an evaluation needs."""
 
-    model: PreTrainedModel | PeftModel
-    tokenizer: PreTrainedTokenizerBase
+    subject: Subject
     task: Task
-    config: EvalConfig
-    chat_template: bool
-    context: int
+
+    @property
+    def config(self) -> EvalConfig:
+        return self.subject.config
+
+    @property
+    def chat_template(self) -> bool:
+        chosen = self.config.chat_template
+        return self.task.chat_template if chosen is None else chosen
 
 
 @dataclass
@@ -93,27 +85,15 @@ def run(config: EvalConfig, loaded: LoadedModel | None = None) -> EvalRecord:
     Raises:
         UserError: Settings, data, model or adapter are not what they should be, or the result cannot be written.
     """
-    out = None if config.out is None else Path(config.out)
-    if out is not None:
-        check_out(out, config.overwrite)
+    check_out(config)
     if config.task is None:
         raise UserError("No task is given: name one, or call flylora.lab.evaluation.evaluate_with_harness.")
     task = load_task(config.task, config.data_dir)
     _check_kind(task, config)
     examples = task.examples(config.split, config.limit)
-    loaded = loaded or load_model(config.model, config.dtype, config.device)
-    origin = provenance(
-        seeds={"seed": config.seed},
-        data_sha256={config.split: task.data_hash(config.split)},
-        model_sha256=loaded.sha256,
-    )
-    if config.adapter is None:
-        record = _evaluate(config, task, examples, loaded, loaded.model, origin, None)
-    else:
-        with adapted(loaded, Path(config.adapter)) as (model, fingerprint):
-            record = _evaluate(config, task, examples, loaded, model, origin, fingerprint)
-    if out is not None:
-        write_record(record, out)
+    with subject(config, loaded, {config.split: task.data_hash(config.split)}) as chosen:
+        record = _evaluate(_Setting(chosen, task), examples)
+    write_out(record, config)
     return record
 
 
@@ -134,40 +114,10 @@ def _check_kind(task: Task, config: EvalConfig) -> None:
         )
 
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """Raises a ``UserError`` where a result cannot go, or may not."""
-    if out.is_dir():
-        raise UserError(
-            f"{out} is a folder, but the result is one JSON file: give a file name such as {out}/eval.json."
-        )
-    if out.exists() and not overwrite:
-        raise UserError(f"The file {out} exists already: choose another name, or add --overwrite to replace it.")
-
-
-def _evaluate(
-    config: EvalConfig,
-    task: Task,
-    examples: Sequence[Example],
-    loaded: LoadedModel,
-    model: PreTrainedModel | PeftModel,
-    origin: Provenance,
-    fingerprint: str | None,
-) -> EvalRecord:
-    started = time.monotonic()
-    setting = _Setting(
-        model=model,
-        tokenizer=loaded.tokenizer,
-        task=task,
-        config=config,
-        chat_template=task.chat_template if config.chat_template is None else config.chat_template,
-        context=int(getattr(loaded.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 30),
-    )
-    # An adapter that routes at random draws from torch's global generator.
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        active, notes = about_adapter(model, config, loaded, _probe(setting, examples))
-        scored = [_Scored(example) for example in examples]
-        kind = "loss" if config.loss_only else task.kind
+def _evaluate(setting: _Setting, examples: Sequence[Example]) -> EvalRecord:
+    scored = [_Scored(example) for example in examples]
+    with setting.subject.measured(_probe(setting, examples)) as measured:
+        kind = "loss" if setting.config.loss_only else setting.task.kind
         if kind == "choice":
             _answer_choices(setting, scored)
         else:
@@ -176,32 +126,16 @@ def _evaluate(
             elif kind == "code":
                 _answer_by_programs(setting, scored)
             _measure_loss(setting, scored)
-    return _summary(config, task, loaded, origin, fingerprint, active, notes, scored, time.monotonic() - started)
+    return _summary(setting, measured, scored)
 
 
-def about_adapter(
-    model: PreTrainedModel | PeftModel, config: EvalConfig, loaded: LoadedModel, probe: torch.Tensor
-) -> tuple[bool | None, list[str]]:
-    """Whether an adapter changes the logits of a probe batch, and what a reader must know of it, also as warnings.
-
-    ``None`` and nothing for the base model alone.
-    """
-    if not isinstance(model, PeftModel):
-        return None, []
-    active = changes_logits(model, probe)
-    notes = [] if active else [NO_OP]
-    notes += [OTHER_WEIGHTS] if trained_on_other_weights(Path(str(config.adapter)), loaded) else []
-    for note in notes:
-        logger.warning(note)
-    return active, notes
-
-
-def _probe(setting: _Setting, examples: Sequence[Example]) -> torch.Tensor:
+def _probe(setting: _Setting, examples: Sequence[Example]) -> list[list[int]]:
     """A few prompts, cut to the shortest, so that no padding is needed."""
-    prompts = [encode_prompt(e.prompt, setting.tokenizer, setting.chat_template) for e in examples[:_PROBE_ITEMS]]
-    length = max(1, min(min(map(len, prompts)), setting.context))
-    rows = [prompt[-length:] or [0] for prompt in prompts]
-    return torch.tensor(rows, device=base_of(setting.model).device)
+    prompts = [
+        encode_prompt(e.prompt, setting.subject.tokenizer, setting.chat_template) for e in examples[:_PROBE_ITEMS]
+    ]
+    length = max(1, min(min(map(len, prompts)), setting.subject.context))
+    return [prompt[-length:] or [0] for prompt in prompts]
 
 
 def _answer_choices(setting: _Setting, scored: list[_Scored]) -> None:
@@ -214,14 +148,14 @@ def _answer_choices(setting: _Setting, scored: list[_Scored]) -> None:
         if len(whole) == len(encoded):
             rows += whole
             owners += [(item, index) for index in range(len(whole))]
-    found: dict[str, list[list[float]]] = defaultdict(list)
+    by_item: dict[str, list[list[float]]] = defaultdict(list)
     with progress("answers", len(rows)) as advance:
-        likelihoods = token_log_likelihoods(setting.model, rows, setting.config.batch_size, advance)
+        likelihoods = token_log_likelihoods(setting.subject.model, rows, setting.config.batch_size, advance)
     for (item, _), likelihood in zip(owners, likelihoods, strict=True):
-        found[item.example.id].append(likelihood)
+        by_item[item.example.id].append(likelihood)
     for item in scored:
-        if item.example.id in found:
-            _pick(setting.config, item, found[item.example.id])
+        if item.example.id in by_item:
+            _pick(setting.config, item, by_item[item.example.id])
 
 
 def _pick(config: EvalConfig, item: _Scored, likelihoods: list[list[float]]) -> None:
@@ -272,21 +206,23 @@ def _generated(setting: _Setting, scored: list[_Scored]) -> list[tuple[_Scored, 
     """The items that fit in the context, each with as many outputs as samples are asked for."""
     task, config, chat = setting.task, setting.config, setting.chat_template
     max_new_tokens = config.max_new_tokens or task.max_new_tokens
-    room = setting.context - max_new_tokens
+    room = setting.subject.context - max_new_tokens
     prompts, owners = [], []
     for item in scored:
-        prompt: list[int] | None = encode_prompt(item.example.prompt, setting.tokenizer, chat)
+        prompt: list[int] | None = encode_prompt(item.example.prompt, setting.subject.tokenizer, chat)
         if prompt is not None and len(prompt) > room:
-            prompt = fit_prompt(item.example.prompt, setting.tokenizer, room, chat) if task.truncate_prompt else None
+            prompt = (
+                fit_prompt(item.example.prompt, setting.subject.tokenizer, room, chat) if task.truncate_prompt else None
+            )
         if prompt is not None:
             prompts += [prompt] * config.samples
             owners.append(item)
     seeds = [sample_seed(config.seed, item.example.id, n) for item in owners for n in range(config.samples)]
-    ends = {end_token_id(setting.tokenizer, chat), end_token_id(setting.tokenizer, False)}
+    ends = {end_token_id(setting.subject.tokenizer, chat), end_token_id(setting.subject.tokenizer, False)}
     with progress("generation", len(prompts)) as advance:
         texts = generate(
-            setting.model,
-            setting.tokenizer,
+            setting.subject.model,
+            setting.subject.tokenizer,
             prompts,
             batch_size=config.batch_size,
             max_new_tokens=max_new_tokens,
@@ -303,7 +239,7 @@ def _measure_loss(setting: _Setting, scored: list[_Scored]) -> None:
     fitting = [(item, row) for item, row in pairs if row is not None]
     with progress("loss", len(fitting)) as advance:
         likelihoods = token_log_likelihoods(
-            setting.model, [row for _, row in fitting], setting.config.batch_size, advance
+            setting.subject.model, [row for _, row in fitting], setting.config.batch_size, advance
         )
     for (item, _), likelihood in zip(fitting, likelihoods, strict=True):
         item.log_likelihoods = likelihood
@@ -311,24 +247,15 @@ def _measure_loss(setting: _Setting, scored: list[_Scored]) -> None:
 
 def _encoded(setting: _Setting, example: Example) -> Encoded | None:
     truncate = setting.task.truncate_prompt
-    return encode(example, setting.tokenizer, setting.context, setting.chat_template, truncate)
+    return encode(example, setting.subject.tokenizer, setting.subject.context, setting.chat_template, truncate)
 
 
-def _summary(
-    config: EvalConfig,
-    task: Task,
-    loaded: LoadedModel,
-    origin: Provenance,
-    fingerprint: str | None,
-    active: bool | None,
-    notes: list[str],
-    scored: list[_Scored],
-    seconds: float,
-) -> EvalRecord:
+def _summary(setting: _Setting, measured: dict[str, Any], scored: list[_Scored]) -> EvalRecord:
+    task, config = setting.task, setting.config
     has_accuracy = task.kind != "loss" and not config.loss_only
     too_long = [s.example.id for s in scored if (s.score is None if has_accuracy else s.log_likelihoods is None)]
     if too_long:
-        notes = [*notes, f"{len(too_long)} items do not fit in the model's context and count as wrong."]
+        measured["notes"].append(f"{len(too_long)} items do not fit in the model's context and count as wrong.")
     scores = [s.score or 0.0 for s in scored]
     accuracy = sum(scores) / len(scores) if has_accuracy else None
     likelihoods = [value for s in scored for value in s.log_likelihoods or ()]
@@ -336,14 +263,9 @@ def _summary(
     for s, score in zip(scored, scores, strict=True):
         by_group[s.example.group].append(score)
     return EvalRecord(
-        status="complete",
-        provenance=dataclasses.replace(origin, finished=now()),
-        config=dataclasses.asdict(config),
+        **measured,
         task={key: str(getattr(task, key)) for key in ("name", "version", "kind", "prompt", "extractor", "metric")},
         split=config.split,
-        dtype=loaded.dtype,
-        adapter_fingerprint=fingerprint,
-        adapter_active=active,
         items_scored=len(scored),
         accuracy=accuracy,
         accuracy_stderr=None if accuracy is None else standard_error(scores),
@@ -358,9 +280,7 @@ def _summary(
             for name, values in sorted(by_group.items())
             if has_accuracy and set(by_group) != {""}
         },
-        notes=notes,
         too_long=too_long,
-        seconds=round(seconds, 1),
         items=[s.as_item() for s in scored],
     )
 

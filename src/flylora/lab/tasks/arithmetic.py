@@ -65,21 +65,21 @@ def owner(a: int, b: int) -> Split:
 
 def work_out(numbers: tuple[int, ...], steps: str) -> list[tuple[int, str, int, int]]:
     """Every step of a problem as (left operand, operator, right operand, result)."""
-    found, total = [], numbers[0]
+    done, total = [], numbers[0]
     for sign, number in zip(steps, numbers[1:], strict=True):
-        found.append((total, sign, number, _APPLY[sign](total, number)))
-        total = found[-1][-1]
-    return found
+        done.append((total, sign, number, _APPLY[sign](total, number)))
+        total = done[-1][-1]
+    return done
 
 
 @cache
 def _examples(split: Split) -> tuple[Example, ...]:
     rng = random.Random(f"arithmetic/{VERSION}/{split}")
-    found: dict[str, Example] = {}
-    while len(found) < SIZES[split]:
-        example = _draw(split, STORIES[len(found) % len(STORIES)], rng)
-        found.setdefault(example.id, example)
-    return tuple(found.values())
+    examples: dict[str, Example] = {}
+    while len(examples) < SIZES[split]:
+        example = _draw(split, STORIES[len(examples) % len(STORIES)], rng)
+        examples.setdefault(example.id, example)
+    return tuple(examples.values())
 
 
 def _draw(split: Split, story: Story, rng: random.Random) -> Example:

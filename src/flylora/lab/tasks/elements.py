@@ -11,6 +11,7 @@ Groups are IUPAC's 1 to 18; elements 57 to 71 and 89 to 103 count as lanthanides
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 from flylora.lab.tasks.base import Example, Split, Task
 from flylora.lab.tasks.facts import Fact, split_by_wording
@@ -38,23 +39,6 @@ WORDINGS = {
     ),
 }
 
-_ELEMENTS = """
-H hydrogen He helium Li lithium Be beryllium B boron C carbon N nitrogen O oxygen F fluorine Ne neon Na
-sodium Mg magnesium Al aluminium Si silicon P phosphorus S sulfur Cl chlorine Ar argon K potassium Ca
-calcium Sc scandium Ti titanium V vanadium Cr chromium Mn manganese Fe iron Co cobalt Ni nickel Cu copper
-Zn zinc Ga gallium Ge germanium As arsenic Se selenium Br bromine Kr krypton Rb rubidium Sr strontium Y
-yttrium Zr zirconium Nb niobium Mo molybdenum Tc technetium Ru ruthenium Rh rhodium Pd palladium Ag silver
-Cd cadmium In indium Sn tin Sb antimony Te tellurium I iodine Xe xenon Cs caesium Ba barium La lanthanum
-Ce cerium Pr praseodymium Nd neodymium Pm promethium Sm samarium Eu europium Gd gadolinium Tb terbium Dy
-dysprosium Ho holmium Er erbium Tm thulium Yb ytterbium Lu lutetium Hf hafnium Ta tantalum W tungsten Re
-rhenium Os osmium Ir iridium Pt platinum Au gold Hg mercury Tl thallium Pb lead Bi bismuth Po polonium At
-astatine Rn radon Fr francium Ra radium Ac actinium Th thorium Pa protactinium U uranium Np neptunium Pu
-plutonium Am americium Cm curium Bk berkelium Cf californium Es einsteinium Fm fermium Md mendelevium No
-nobelium Lr lawrencium Rf rutherfordium Db dubnium Sg seaborgium Bh bohrium Hs hassium Mt meitnerium Ds
-darmstadtium Rg roentgenium Cn copernicium Nh nihonium Fl flerovium Mc moscovium Lv livermorium Ts
-tennessine Og oganesson
-"""
-
 _HELD_OUT = 150
 """Questions to validate and to test on, of the 354 that are held out for each: enough, and quick."""
 _NEAR = 6
@@ -63,7 +47,7 @@ _NEAR = 6
 
 def elements() -> list[tuple[int, str, str]]:
     """(atomic number, symbol, name) of the 118 elements, in order."""
-    words = _ELEMENTS.split()
+    words = (Path(__file__).parent / "data" / "elements.txt").read_text(encoding="utf-8").split()
     return [(i + 1, words[2 * i], words[2 * i + 1]) for i in range(len(words) // 2)]
 
 
@@ -84,7 +68,7 @@ def facts() -> list[Fact]:
     """Three facts for each element, with the wrong answers each may be offered with."""
     table = elements()
     groups = list(dict.fromkeys(group(number) for number, _, _ in table))
-    found = []
+    every = []
     for number, symbol, name in table:
         alike = [s for _, s, _ in table if s != symbol and s[0] == symbol[0]]
         others = [s for _, s, _ in table if s != symbol and s not in alike]
@@ -95,8 +79,8 @@ def facts() -> list[Fact]:
             "group": (group(number), [g for g in groups if g != group(number)]),
         }
         for form, (answer, wrong) in answers.items():
-            found.append(Fact(f"{symbol}/{form}", form, name, answer, tuple(wrong)))
-    return found
+            every.append(Fact(f"{symbol}/{form}", form, name, answer, tuple(wrong)))
+    return every
 
 
 @cache

@@ -20,26 +20,7 @@ SHARES: dict[Split, int] = {"test": 15, "validation": 10, "train": 90}
 """Programs of each form in each split."""
 
 _NAMES = "abcdnstxyz"
-_WORDS = (
-    "apple",
-    "bird",
-    "cat",
-    "dog",
-    "fish",
-    "house",
-    "milk",
-    "moon",
-    "red",
-    "river",
-    "star",
-    "sun",
-    "tree",
-    "winter",
-    "wood",
-    "cloud",
-    "lake",
-    "bread",
-)
+_WORDS = "apple bird cat dog fish house milk moon red river star sun tree winter wood cloud lake bread".split()  # noqa: SIM905
 _BUILT_INS = {f.__name__: f for f in (len, list, max, min, range, sorted, str, sum)}
 
 

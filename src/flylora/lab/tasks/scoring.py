@@ -1,4 +1,4 @@
-"""How an answer is found in generated text and compared with the gold one: pure functions in two tables."""
+"""How an answer is read out of generated text and compared with the gold one: pure functions in two tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from decimal import Decimal
 
 # A sign counts only where it cannot be a minus between two numbers; a comma only as a thousands separator.
 _NUMBER = r"(?:(?<![\w)])[-+−])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
-_FOUND_NUMBER = re.compile(_NUMBER)
+_ANY_NUMBER = re.compile(_NUMBER)
 _STRICT_NUMBER = re.compile(rf"####\s*({_NUMBER})")
 _NAMED_LETTER = re.compile(r"\banswer\b(?:\s+is)?\s*:?\s*[(*\[]*([A-Z])\b(?!['’])", re.IGNORECASE)
 _LEADING_LETTER = re.compile(r"\s*[(*\[]*([A-Z])(?:[).:\]*]|\s*$|\s*\n)")
@@ -36,30 +36,30 @@ def first_word(output: str) -> str | None:
 
 def last_number(output: str) -> str | None:
     """The last number, without currency sign and thousands separators: the flexible reading."""
-    found = _FOUND_NUMBER.findall(output)
-    return _plain(found[-1]) if found else None
+    numbers = _ANY_NUMBER.findall(output)
+    return _plain(numbers[-1]) if numbers else None
 
 
 def strict_number(output: str) -> str | None:
     """The number after the first ``####`` that one follows, as GSM8K writes its answers: the strict reading."""
-    found = _STRICT_NUMBER.search(output)
-    return _plain(found.group(1)) if found else None
+    match = _STRICT_NUMBER.search(output)
+    return _plain(match.group(1)) if match else None
 
 
 def choice_letter(output: str) -> str | None:
     """The capital letter of a multiple-choice answer: the one named after "answer", the first on a line of its own or
     before a bracket, full stop or colon at the beginning, or the first in brackets."""
     for pattern in (_NAMED_LETTER, _LEADING_LETTER, _BRACKETED_LETTER):
-        found = pattern.match(output) if pattern is _LEADING_LETTER else pattern.search(output)
-        if found and found.group(1).isupper():
-            return found.group(1)
+        match = pattern.match(output) if pattern is _LEADING_LETTER else pattern.search(output)
+        if match and match.group(1).isupper():
+            return match.group(1)
     return None
 
 
 def option_number(output: str) -> str | None:
     """The first digit that stands alone, as a multiple-choice answer counted from 0; no part of a larger number."""
-    found = _LONE_DIGIT.search(output)
-    return found.group() if found else None
+    match = _LONE_DIGIT.search(output)
+    return match.group() if match else None
 
 
 def program(output: str) -> str | None:
@@ -78,8 +78,8 @@ def python_output(output: str) -> str | None:
 
 def last_match(pattern: str, output: str) -> str | None:
     """The last match of a regular expression, its first group if it has one; ``None`` without a match."""
-    found = list(re.finditer(pattern, output))
-    return found[-1].group(1 if found[-1].re.groups else 0) if found else None
+    matches = list(re.finditer(pattern, output))
+    return matches[-1].group(1 if matches[-1].re.groups else 0) if matches else None
 
 
 def exact_match(answer: str | None, gold: str) -> float:
@@ -108,8 +108,8 @@ def _plain(number: str) -> str:
 
 
 def _value(written: str | None) -> Decimal | None:
-    found = _FOUND_NUMBER.fullmatch(written.strip()) if written is not None else None
-    return Decimal(_plain(found.group())) if found else None
+    match = _ANY_NUMBER.fullmatch(written.strip()) if written is not None else None
+    return Decimal(_plain(match.group())) if match else None
 
 
 def _normal(written: str) -> str:
