@@ -66,9 +66,10 @@ FILES = (
 
 @dataclass
 class Config(FlyLoraConfig):
-    """FlyLoRA's config with the switch that PEFT's tests ask of every method: whether to start as an identity."""
+    """FlyLoRA's config with what PEFT's tests ask of every method: a switch to start as an identity, PEFT's targets."""
 
     init_weights: bool = field(default=True)
+    target_modules: list[str] | str | None = field(default=None)  # PEFT's own table, where FlyLoRA has "all-linear"
 
 
 ROUTED = {"r": 8, "k": 2}
