@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -13,6 +17,10 @@ from peft.utils.peft_types import PeftType
 from transformers import AutoModelForCausalLM
 
 import flylora
+from flylora.lab.evaluation import EvalConfig
+from flylora.lab.examples import PreviewOptions
+from flylora.lab.study import StudyOptions
+from flylora.lab.training import TrainConfig
 from flylora.tuner.peft_compat import register
 from fresh import run_fresh
 from tiny_models import config, llama
@@ -118,3 +126,41 @@ def test_registering_again_is_allowed_and_by_another_owner_is_not() -> None:
     with pytest.raises(RuntimeError, match=r"belongs to flylora\.tuner\.config\.FlyLoraConfig"):
         register(peft.LoraConfig, peft.LoraModel)
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType("FLYLORA")] is flylora.FlyLoraConfig
+
+
+LABORATORY = {
+    "train": TrainConfig,
+    "evaluate": EvalConfig,
+    "study": StudyOptions,
+    "plan_study": StudyOptions,
+    "preview": PreviewOptions,
+}
+
+
+@pytest.mark.parametrize("name", ["merge", "calibrate", "export", "inspect", *LABORATORY])
+def test_public_calls_are_documented(name: str) -> None:
+    call = getattr(flylora, name)
+    documented = inspect.getdoc(call) or ""
+    for parameter in inspect.signature(call).parameters:
+        assert re.search(rf"^    {parameter}: |\b{parameter}\b", documented, re.MULTILINE), parameter
+
+
+@pytest.mark.parametrize("name", LABORATORY)
+def test_calls_of_the_laboratory_take_the_options_of_their_command(name: str) -> None:
+    signature = inspect.signature(getattr(flylora, name))
+    assert list(signature.parameters) == [field.name for field in dataclasses.fields(LABORATORY[name])]
+    with pytest.raises(flylora.UserError, match=r"Unknown key 'nonsense'"):
+        getattr(flylora, name)(nonsense=1)
+
+
+def test_a_plan_is_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(flylora.UserError, match="plan"):
+        flylora.study(study="demo", out=str(tmp_path / "run"), plan=True)
+    plan = flylora.plan_study(study="demo", out=str(tmp_path / "run"))
+    assert plan.cells
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_preview_is_data(tiny_model_dir: Path) -> None:
+    shown = flylora.preview(model=tiny_model_dir, task="arithmetic", n=2, max_length=200)  # type: ignore[arg-type]
+    assert len(shown.shown) == 2

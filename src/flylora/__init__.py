@@ -2,16 +2,25 @@
 
 Importing it registers ``FLYLORA`` with PEFT: ``get_peft_model``, ``PeftModel.from_pretrained`` and the rest then accept
 [`FlyLoraConfig`] like any other config. The baselines of `flylora.lab.baselines` are registered with it.
+
+``merge``, ``calibrate``, ``export`` and ``inspect`` are the library's calls. ``train``, ``evaluate``, ``study``,
+``plan_study`` and ``preview`` are the laboratory's; they need ``pip install 'flylora[lab]'``.
 """
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 from flylora.errors import UserError
+from flylora.export import export
+from flylora.inspection import inspect_adapter as inspect
 from flylora.lab import baselines as _baselines  # noqa: F401  registers them with PEFT
+from flylora.lab import evaluate, plan_study, preview, study, train
+from flylora.merging import calibrate, merge
 from flylora.tuner import FlyLoraConfig, FlyLoraLinear, FlyLoraModel
 from flylora.tuner.balance import BalanceCallback, balance_model, expert_shares
 
-__version__ = "0.1.0"
+__version__ = version("flylora")
 
 __all__ = [
     "BalanceCallback",
@@ -21,5 +30,14 @@ __all__ = [
     "UserError",
     "__version__",
     "balance_model",
+    "calibrate",
+    "evaluate",
     "expert_shares",
+    "export",
+    "inspect",
+    "merge",
+    "plan_study",
+    "preview",
+    "study",
+    "train",
 ]
