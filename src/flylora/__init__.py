@@ -13,7 +13,7 @@ from importlib.metadata import version
 
 from flylora.errors import UserError
 from flylora.export import export
-from flylora.inspection import inspect_adapter as inspect
+from flylora.inspection import inspect
 from flylora.lab import baselines as _baselines  # noqa: F401  registers them with PEFT
 from flylora.lab import evaluate, plan_study, preview, study, train
 from flylora.merging import calibrate, merge

@@ -82,6 +82,9 @@ def inspect(path: str | Path) -> AdapterSummary:
 
         flylora.inspect("runs/capitals").intact
 
+    Args:
+        path: Folder of a saved adapter.
+
     Raises:
         UserError: the folder is no readable adapter.
     """

@@ -17,6 +17,7 @@ from exported_adapters import SaveAdapter
 from flylora.adapted import adapted
 from flylora.errors import UserError
 from flylora.export import ExportOptions, export
+from flylora.export import run as export_run
 from flylora.models import LoadedModel
 from flylora.texts import encode_texts, read_text_file
 
@@ -72,7 +73,7 @@ def test_a_lora_without_texts_needs_no_model(
 ) -> None:
     adapter = request.getfixturevalue(which)
     export(adapter, tmp_path / "with", method="dense", model=loaded)
-    monkeypatch.setattr("flylora.export.run.load_base", None)
+    monkeypatch.setattr(export_run, "load_base", None)
     record = export(adapter, tmp_path / "without", method="dense")
     assert (record.base_dtype, record.provenance.model_sha256, record.gap) == (None, "", None)
     a, b = weights(tmp_path / "with"), weights(tmp_path / "without")

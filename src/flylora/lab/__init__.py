@@ -166,6 +166,6 @@ def list_methods(config: NoOptions) -> dict[str, dict[str, str]]:
     from flylora.merging.table import METHODS
 
     return {
-        "training": dict.fromkeys(PRESETS, ""),
+        "training": {name: row.summary for name, row in PRESETS.items()},
         "merging": {name: row.summary for name, row in METHODS.items()},
     }

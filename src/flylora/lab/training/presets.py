@@ -41,6 +41,7 @@ class Preset:
         optimizer: Makes the method's own optimizer from the adapted model, its config, learning rate and weight decay.
         callback: Makes what has to be called during training, from the adapted model.
         resumable: Whether a run can go on from a checkpoint.
+        summary: One line for ``flylora methods``.
         lr: Peak learning rate where the user gives none. LoRA's, LoRA-FA's, Split-LoRA's and FlyLoRA's were measured
             (docs/results.md); the other methods have LoRA's, which was not tuned for them.
     """
@@ -52,6 +53,7 @@ class Preset:
     callback: Callable[[PeftModel], TrainerCallback] | None = None
     resumable: bool = True
     lr: float = 1e-3
+    summary: str = ""
 
 
 def preset(method: str) -> Preset:
@@ -125,20 +127,37 @@ def _lorafa_optimizer(model: PeftModel, config: PeftConfig, lr: float, weight_de
 
 
 PRESETS = {
-    "lora": Preset("lora"),
-    "rslora": Preset("lora", {"use_rslora": True}),
-    "dora": Preset("lora", {"use_dora": True}),
-    "lorafa": Preset("lora", optimizer=_lorafa_optimizer),
-    "pissa": Preset("lora", {"init_lora_weights": "pissa"}),
-    "adalora": Preset("adalora", from_run=_adalora_schedule, callback=AdaLoraCallback, resumable=False),
-    "vera": Preset("vera"),
-    "randlora": Preset("randlora"),
-    "miss": Preset("miss"),
-    "c3a": Preset("c3a", from_run=_c3a_block),
-    "splitlora": Preset("splitlora", lr=3e-3),
-    "hydralora": Preset("hydralora"),
-    "sora": Preset("sora"),
-    "lori": Preset("lori", from_run=_lori_phases),
-    "droplora": Preset("droplora"),
-    "flylora": Preset("flylora", from_run=_flylora_phases, lr=3e-3),
+    "lora": Preset("lora", summary="two trained factors B A of rank r (Hu et al., 2021)"),
+    "rslora": Preset("lora", {"use_rslora": True}, summary="LoRA, scaled by alpha over the root of r"),
+    "dora": Preset("lora", {"use_dora": True}, summary="LoRA that trains size and direction apart"),
+    "lorafa": Preset("lora", optimizer=_lorafa_optimizer, summary="LoRA with A frozen and an optimizer of its own"),
+    "pissa": Preset(
+        "lora",
+        {"init_lora_weights": "pissa"},
+        summary="LoRA that starts from the base weight's largest singular values",
+    ),
+    "adalora": Preset(
+        "adalora",
+        from_run=_adalora_schedule,
+        callback=AdaLoraCallback,
+        resumable=False,
+        summary="LoRA that moves rank to where it matters",
+    ),
+    "vera": Preset("vera", summary="shared random factors, trained scales"),
+    "randlora": Preset("randlora", summary="full-rank updates from random factors"),
+    "miss": Preset("miss", summary="one trained matrix, repeated over blocks of the input"),
+    "c3a": Preset("c3a", from_run=_c3a_block, summary="circular convolutions in blocks"),
+    "splitlora": Preset("splitlora", lr=3e-3, summary="LoRA cut into experts behind a trained router"),
+    "hydralora": Preset("hydralora", summary="one A and several B, mixed by a trained router"),
+    "sora": Preset("sora", summary="LoRA with a gate on each rank that an l1 penalty makes sparse"),
+    "lori": Preset(
+        "lori", from_run=_lori_phases, summary="frozen random A; B trains under a mask of its largest entries"
+    ),
+    "droplora": Preset("droplora", summary="LoRA that trains in a random part of its ranks"),
+    "flylora": Preset(
+        "flylora",
+        from_run=_flylora_phases,
+        lr=3e-3,
+        summary="fixed sparse A; the k largest of its r outputs choose columns of B",
+    ),
 }
