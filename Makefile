@@ -10,7 +10,7 @@ help:
 	@echo "make setup   build $(VENV) with pinned versions and the demo's language model"
 	@echo "make demo    train and evaluate one adapter per built-in task; results in runs/demo"
 	@echo "make test    the whole test suite"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy and the arrows between rooms"
 	@echo "make format  let ruff format the code"
 	@echo "make clean   remove what the commands above made, but not runs"
 
@@ -47,6 +47,7 @@ lint: $(VENV)/.setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/.setup-dev
 	$(BIN)/ruff check --fix .

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cyclopts import CycloptsError
 
 import flylora
 import flylora_cli
-from flylora.cli import COMMANDS, Command, parse
+from flylora.cli import COMMANDS, Command
 from flylora.errors import UserError
 from flylora.lab.evaluation import EvalConfig
 from flylora.lab.merging import MergeConfig
@@ -302,19 +301,6 @@ def test_tasks_and_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> Non
     for names in flylora.lab.list_methods().values():
         assert all(names.values())
     assert all(flylora.lab.list_tasks().values())
-
-
-def test_a_command_line_can_be_parsed_without_running_it(tmp_path: Path) -> None:
-    assert parse(TRAIN) == TrainConfig(model="m", task="t", out="o")
-    (tmp_path / "r.yaml").write_text("model: m\ntask: t\nadapter: {r: 4}\n")
-    made = parse(["train", "--config", str(tmp_path / "r.yaml"), "--out", "o", "--adapter.k", "2"])
-    assert made == TrainConfig(model="m", task="t", out="o", adapter={"r": 4, "k": 2})
-    assert parse(["inspect", "a"]).adapter == "a"
-    assert parse(["--help"]) is None
-    with pytest.raises(UserError, match="--task"):
-        parse(["train", "--model", "m"])
-    with pytest.raises(CycloptsError, match="nonsense"):
-        parse([*TRAIN, "--nonsense", "3"])
 
 
 _WITHOUT = """

@@ -11,7 +11,7 @@ import inspect
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
@@ -28,7 +28,7 @@ from flylora.lab.study.config import StudyOptions
 from flylora.lab.training.interrupt import TrainingInterrupted
 from flylora.options import from_mapping, parse_yaml, public_call, read_yaml
 from flylora_cli import COMMANDS as SUMMARIES
-from flylora_cli import EXIT_USER_ERROR, make_app
+from flylora_cli import EXIT_USER_ERROR
 
 if TYPE_CHECKING:
     from flylora.lab.study.run import StudyResult
@@ -192,21 +192,6 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 def _on_the_command_line(hint: Any) -> Any:
     """A type as the parser takes it: any value of a mapping is read as YAML."""
     return dict[str, str] if get_origin(hint) is dict else hint
-
-
-def parse(words: Sequence[str]) -> Any:
-    """The options of a command line, which is not run; None for words without a command, such as --help.
-
-    Raises:
-        UserError: Options are missing, or their values do not fit.
-        cyclopts.CycloptsError: The words are not what the command takes.
-    """
-    _, bound, _ = make_app().parse_args(list(words), exit_on_error=False, print_error=False)
-    command = COMMANDS.get(words[0]) if words else None
-    if command is None:
-        return None
-    given = {name: value for name, value in bound.arguments.items() if name not in ("config", "verbose")}
-    return command.options(**_merged(command, given, bound.arguments.get("config")))
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
