@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from flylora.errors import UserError
 from flylora.lab.evaluation.config import EvalConfig
@@ -14,12 +14,10 @@ from flylora.lab.merging import MergeConfig
 from flylora.lab.training.config import TrainConfig
 from flylora.merging.options import MethodName
 from flylora.merging.table import METHODS
-from flylora.options import Count, from_mapping, nearest, options
+from flylora.options import Count, from_mapping, options
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Metric = Literal["accuracy", "pass@1", "pass@5", "pass@10", "points_lost"]
-
-C = TypeVar("C")
 
 
 @options
@@ -265,7 +263,7 @@ class Study:
             "data_dir": self._data_dir(task),
             "seed": seed,
         }
-        return _config(TrainConfig, settings, f"training {method} on {task}")
+        return from_mapping(TrainConfig, settings, f"training {method} on {task}")
 
     def eval_config(self, model: str, task: str, evaluation: str, merge: str | None = None) -> EvalConfig:
         """The evaluation of a base model, adapter or merge on one task; the adapter is filled in where it runs."""
@@ -277,7 +275,7 @@ class Study:
             "task": self.tasks[task].evaluations[evaluation],
             "data_dir": self._data_dir(task),
         }
-        return _config(EvalConfig, settings, f"evaluation on {task}")
+        return from_mapping(EvalConfig, settings, f"evaluation on {task}")
 
     def trial_eval_config(self, model: str) -> EvalConfig:
         """What a trial of the search for learning rates is judged by: the loss on validation items of every length."""
@@ -310,7 +308,7 @@ class Study:
             "data_dir": folders.pop() if calibrated else None,
             "seed": seed,
         }
-        return _config(MergeConfig, settings, f"the merge {merge}")
+        return from_mapping(MergeConfig, settings, f"the merge {merge}")
 
 
 @options
@@ -381,12 +379,3 @@ def task_label(name: str) -> str:
 def task_seed(task: str, seed: int) -> int:
     """A number for one task and seed: far from those of all others, and the same whichever other tasks there are."""
     return int.from_bytes(hashlib.sha256(f"{task}/{seed}".encode()).digest()[:4], "big") >> 1
-
-
-def _config(cls: type[C], settings: dict[str, Any], what: str) -> C:
-    """A config of a cell, checked; ``what`` is for the sentence that says what is wrong."""
-    names = [key.name for key in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for key in settings:
-        if key not in names:
-            raise UserError(f"{what}: Unknown key '{key}': {nearest(key, names, 'from')}")
-    return from_mapping(cls, settings, what)
