@@ -10,7 +10,6 @@ from rich.text import Text
 
 from flylora.lab.study.results import Condition, Figure, Results, collect
 from flylora.lab.study.run import StudyResult
-from flylora.lab.study.tables import figures_of
 from flylora.lab.study.workload import StudyPlan
 
 _NAMED_CELLS = 12
@@ -50,16 +49,15 @@ def show_study(result: StudyResult, console: Console | None = None) -> None:
     console = console or Console()
     results = collect(result.study, result.folder)
     for model in result.study.models:
-        table = _table(
-            ["method", "task", "adapter", "loss", "accuracy, %", "retention"], ("method", "task", "adapter"), model
-        )
+        labels = ("method", "task", "adapter")
+        table = _table([*labels, "loss", "accuracy, %", "retention"], labels, model)
         for row in _rows(results, model):
             table.add_row(*map(Text, row))
         console.print(table)
     console.print(
         Text(
-            f"Means over {len(result.study.seeds)} seeds ± standard deviation; loss is per answer token. All tables, "
-            f"with differences from the baseline: results.md, results.csv and results.json in {result.folder}."
+            "Means over seeds ± standard deviation; loss is per answer token. All tables, with differences from the "
+            f"baseline: results.md, results.csv and results.json in {result.folder}."
         )
     )
     if result.failed:
@@ -68,22 +66,20 @@ def show_study(result: StudyResult, console: Console | None = None) -> None:
 
 
 def _rows(results: Results, model: str) -> list[list[str]]:
+    study = results.study
+    methods, tasks, merges = ["", *study.methods], list(study.tasks), ["", *study.merges]
+    groups: dict[Condition, dict[str, Figure]] = {}
+    for figure in results.figures:
+        at = figure.condition
+        if at.model == model and at.task:
+            groups.setdefault(at, {})[figure.metric] = figure
     rows = []
-    merges = {merge: f"merged: {merge}" for merge in results.study.merges}
-    for method in ("", *results.study.methods):
-        for task, spec in results.study.tasks.items():
-            for evaluation in spec.evaluations:
-                for merge, adapter in ({"": "own adapter", **merges} if method else {"": "none"}).items():
-                    figures = {
-                        metric: figure
-                        for (of, on, metric), figure in figures_of(results, Condition(model, method, merge)).items()
-                        if (of, on) == (task, evaluation) and figure is not None
-                    }
-                    if figures:
-                        loss, accuracy = figures.get("loss"), figures.get("accuracy") or figures.get("pass@1")
-                        cells = [_brief(loss), _brief(accuracy), _brief(figures.get("retention"))]
-                        label = task if evaluation == task or len(spec.evaluations) == 1 else evaluation
-                        rows.append([method or "base model", label, adapter, *cells])
+    for at in sorted(groups, key=lambda at: (methods.index(at.method), tasks.index(at.task), merges.index(at.merge))):
+        figures = groups[at]
+        adapter = f"merged: {at.merge}" if at.merge else "own adapter" if at.method else "none"
+        label = at.task if len(study.tasks[at.task].evaluations) == 1 else at.evaluation
+        shown = (figures.get("loss"), figures.get("accuracy") or figures.get("pass@1"), figures.get("retention"))
+        rows.append([at.method or "base model", label, adapter, *map(_brief, shown)])
     return rows
 
 

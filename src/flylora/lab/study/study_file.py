@@ -79,13 +79,10 @@ def narrowed(study: Study, options: StudyOptions) -> Study:
     if options.allow_code_execution:
         evaluation["allow_code_execution"] = True
     changes["evaluation"] = study.evaluation | evaluation
-    changes["tasks"] = {
-        label: dataclasses.replace(task, evaluation=task.evaluation | evaluation) for label, task in tasks.items()
-    }
-    changes["merges"] = {
-        label: dataclasses.replace(merge, evaluation=merge.evaluation | evaluation)
-        for label, merge in study.merges.items()
-    }
+    for name, specs in (("tasks", tasks), ("merges", study.merges)):
+        changes[name] = {
+            label: dataclasses.replace(spec, evaluation=spec.evaluation | evaluation) for label, spec in specs.items()
+        }
     return dataclasses.replace(study, **changes)
 
 
@@ -99,7 +96,7 @@ def _least(value: Any, limit: Any) -> Any:
 def _packaged(path: Path) -> Path:
     """The path itself, or the file of that name among the studies that come with flylora."""
     own = PACKAGED / f"{path.name}.yaml"
-    return own if len(path.parts) == 1 and not path.exists() and own.is_file() else path
+    return own if len(path.parts) == 1 and not path.is_file() and own.is_file() else path
 
 
 def _content(path: Path, within: tuple[Path, ...]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def _rates(results: Results, model: str) -> list[str]:
     return _section(f"{model}: learning rates", text, rows)
 
 
-def figures_of(results: Results, at: Condition) -> dict[tuple[str, str, str], Figure | None]:
+def _figures_of(results: Results, at: Condition) -> dict[tuple[str, str, str], Figure | None]:
     """The figures of a method or merge, by task, evaluation and metric: everything measured there, metric by metric."""
     tasks = list(results.study.tasks)
     ranks = {metric: rank for rank, metric in enumerate(_ORDER)}
@@ -147,7 +147,7 @@ def _counts(figures: Iterator[Figure | None]) -> str:
 def _singles(results: Results, model: str) -> list[str]:
     rows = []
     for method in ("", *results.study.methods):
-        figures = figures_of(results, Condition(model, method))
+        figures = _figures_of(results, Condition(model, method))
         if any(figures.values()):
             trained, active, percent = (results.parameters.get((model, method), {}).get(name) for name in COUNTS)
             rows.append(
@@ -168,7 +168,7 @@ def _merges(results: Results, model: str) -> list[str]:
     rows = []
     for method in results.study.methods:
         for merge in results.study.merges:
-            figures = figures_of(results, Condition(model, method, merge))
+            figures = _figures_of(results, Condition(model, method, merge))
             if any(figures.values()):
                 routed = results.routed.get((model, method, merge))
                 rows.append(
