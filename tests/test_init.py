@@ -20,7 +20,7 @@ import flylora
 from flylora.lab.evaluation import EvalConfig
 from flylora.lab.examples import PreviewOptions
 from flylora.lab.study import StudyOptions
-from flylora.lab.training import TrainConfig
+from flylora.lab.training.config import TrainConfig
 from flylora.tuner.peft_compat import register
 from fresh import run_fresh
 from tiny_models import config, llama
