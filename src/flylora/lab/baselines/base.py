@@ -1,8 +1,8 @@
 """What the baseline methods share: a PEFT config, a layer that adds an update to a frozen linear layer, and a tuner.
 
 Legend of the baselines' docstrings: n, m are in_features and out_features; x (..., n) is a layer's input; A (r, n) and
-B (m, r) are a low-rank pair, y = A x; s = alpha / r scales the update. A method says which tensors it has and how they
-give the update; all else, from injection to saving, is here or PEFT's.
+B (m, r) are a low-rank pair, y = A x; s = alpha / r scales the update. Every method is ``out = W x + s B' w(y)``: it
+says what B' and w are. All else, from injection to saving, is here, in `flylora.tuner.linear` or PEFT's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class BaselineConfig(PeftConfig):
         bias: only "none".
 
     Raises:
-        flylora.UserError: (a ValueError) when a field, or fields together, cannot be meant.
+        flylora.UserError: (a ValueError) when a field, or fields together, are invalid.
     """
 
     method: ClassVar[str]
@@ -97,7 +97,7 @@ def check_share(name: str, value: Any, above: bool = True) -> None:
         raise UserError(f"{name} is {value!r}, but must be a number in {'(0, 1]' if above else '[0, 1)'}.")
 
 
-class Held(NamedTuple):
+class TrainedLayer(NamedTuple):
     """One layer's adapter that an optimizer has just trained, with the step's learning rate."""
 
     layer: Any
@@ -108,14 +108,16 @@ class Held(NamedTuple):
 class BaselineLinear(AdaptedLinear):
     """Adapters of one baseline on nn.Linear, a quantized linear layer, or transformers' Conv1D.
 
-    A method's class names its tensors in ``adapter_layer_names`` (parameters) and ``buffer_names``, and says in
-    ``frozen_names`` which parameters do not train; it makes them in [`new_tensors`] and uses them in [`update`].
+    A method's class names its tensors in ``adapter_layer_names`` (parameters) and ``buffer_names``, each with the
+    method's name before it, and says in ``frozen_names`` which parameters do not train. It makes them in
+    [`new_tensors`], and changes A x in [`weighed`] or B in [`up`].
 
-    A method that has something to do after each optimizer step names the parameter by which its layers are found in
-    the optimizer in ``stepped_name``, and does it in [`after_step`].
+    A method that has something to do after each optimizer step names the parameter by which its layers are recognised
+    in the optimizer in ``stepped_name``, and does it in [`after_step`].
 
     Attributes:
         configs: the config of each adapter, by the adapter's name.
+        mergeable: whether adapters of the method can be added to the weights.
     """
 
     routed_merge = (
@@ -151,21 +153,25 @@ class BaselineLinear(AdaptedLinear):
     # --- what a method says ---------------------------------------------------------------------------------------
 
     def new_tensors(self, config: Any) -> dict[str, Tensor]:
-        """The initial tensors of an adapter, by the names of the attributes that hold them."""
-        raise NotImplementedError
+        """The initial tensors of an adapter, by their names without the method's."""
+        return {"A": new_down(config.r, self.in_features), "B": torch.zeros(self.out_features, config.r)}
 
-    def update(self, adapter: str, x: Tensor) -> Tensor:
-        """What the adapter adds to the base layer's output: x (..., n) -> (..., m)."""
-        raise NotImplementedError
+    def weighed(self, adapter: str, codes: Tensor, x: Tensor) -> Tensor:
+        """w(y) of y = A x, the ``codes``; of the method's own shape where B' is."""
+        return codes
+
+    def up(self, adapter: str) -> Tensor:
+        """B', which w(y) is multiplied by: B, (m, r), unless the method says otherwise."""
+        return self.own("B", adapter)
 
     @classmethod
-    def after_step(cls, held: list[Held], optimizer: Optimizer) -> None:
-        """What follows an optimizer step that trained one adapter of the ``held`` layers."""
+    def after_step(cls, trained: list[TrainedLayer], optimizer: Optimizer) -> None:
+        """What follows an optimizer step that trained one adapter of these layers."""
         raise NotImplementedError
 
     def active_parameters(self, adapter: str, n: float, m: float) -> float:
         """How many trained parameters act on one token, were this a layer of n inputs and m outputs."""
-        raise NotImplementedError
+        return self.configs[adapter].r * (n + m)
 
     # --- adapters ---------------------------------------------------------------------------------------------------
 
@@ -177,22 +183,25 @@ class BaselineLinear(AdaptedLinear):
         self.scaling[adapter_name] = self.base_scaling[adapter_name] = config.scaling
         self.dropouts[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         for name, tensor in self.new_tensors(config).items():
-            held = getattr(self, name)
-            held[adapter_name] = nn.Parameter(tensor) if isinstance(held, nn.ParameterDict) else tensor
+            tensors = getattr(self, f"{self.method}_{name}")
+            tensors[adapter_name] = nn.Parameter(tensor) if isinstance(tensors, nn.ParameterDict) else tensor
         if self.frozen_names:
             self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: self.frozen_names}
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def own(self, name: str, adapter: str) -> Tensor:
+        """One of an adapter's tensors, by its name without the method's."""
+        return getattr(self, f"{self.method}_{name}")[adapter]
+
     def is_on(self, adapter: str) -> bool:
-        """Whether this layer has the adapter."""
         return adapter in self.configs
 
     def is_linear(self, adapter: str) -> bool:
-        """Whether the adapter is a plain product B A in evaluation."""
         return self.mergeable
 
-    # --- forward ------------------------------------------------------------------------------------------------------
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        return self.up(adapter), self.own("A", adapter)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """out = W x + the active adapters' updates; x is (..., n), the result (..., m)."""
@@ -201,14 +210,14 @@ class BaselineLinear(AdaptedLinear):
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
         out = self.base_output(x, *args, **kwargs)
-        for name in self.active_adapters:
-            if self.is_on(name):
-                dtype = getattr(self, self.adapter_layer_names[0])[name].dtype
-                out = out + self.update(name, self._cast_input_dtype(x, dtype)).to(out.dtype)
+        for name in filter(self.is_on, self.active_adapters):
+            inputs = self._cast_input_dtype(x, self.own("B", name).dtype)
+            codes = self.weighed(name, self.dropouts[name](inputs) @ self.own("A", name).t(), inputs)
+            out = out + (codes @ (self.up(name) * self.scaling[name]).t()).to(out.dtype)
         return out
 
     def __repr__(self) -> str:
-        return f"{next(iter(self.configs.values())).method}." + super().__repr__()
+        return f"{self.method}." + super().__repr__()
 
 
 _stepped: weakref.WeakSet[BaselineLinear] = weakref.WeakSet()
@@ -216,18 +225,18 @@ _stepped: weakref.WeakSet[BaselineLinear] = weakref.WeakSet()
 
 def _step_layers(optimizer: Optimizer) -> None:
     """Hand each method the layers that the optimizer has just trained, one adapter at a time, in a fixed order."""
-    place = positions(optimizer)
+    order = positions(optimizer)
     rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-    found: dict[tuple[type[BaselineLinear], str], list[tuple[int, Held]]] = {}
+    trained: dict[tuple[type[BaselineLinear], str], list[tuple[int, TrainedLayer]]] = {}
     for layer in _stepped:
         for adapter, parameter in getattr(layer, layer.stepped_name).items():
-            if id(parameter) in place and parameter.grad is not None:
-                held = Held(layer, adapter, float(rates[id(parameter)]))
-                found.setdefault((type(layer), adapter), []).append((place[id(parameter)], held))
+            if id(parameter) in order and parameter.grad is not None:
+                entry = TrainedLayer(layer, adapter, float(rates[id(parameter)]))
+                trained.setdefault((type(layer), adapter), []).append((order[id(parameter)], entry))
     with torch.no_grad():
-        for (method, _), entries in found.items():
+        for (method, _), entries in trained.items():
             entries.sort(key=lambda entry: entry[0])
-            method.after_step([held for _, held in entries], optimizer)
+            method.after_step([entry for _, entry in entries], optimizer)
 
 
 def new_down(r: int, in_features: int) -> Tensor:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flylora.lab.baselines.base import BaselineConfig, BaselineLinear, BaselineModel, check_share, new_down
+from flylora.lab.baselines.base import BaselineConfig, BaselineLinear, BaselineModel, check_share
 
 
 @dataclass
@@ -35,29 +35,12 @@ class DropLoraConfig(BaselineConfig):
 class DropLoraLinear(BaselineLinear):
     """DropLoRA adapters: A (r, n) and B (m, r), both trained."""
 
+    method = "droplora"
     adapter_layer_names = ("droplora_A", "droplora_B")
 
-    droplora_A: nn.ParameterDict
-    droplora_B: nn.ParameterDict
-
-    def new_tensors(self, config: DropLoraConfig) -> dict[str, Tensor]:
-        return {
-            "droplora_A": new_down(config.r, self.in_features),
-            "droplora_B": torch.zeros(self.out_features, config.r),
-        }
-
-    def update(self, adapter: str, x: Tensor) -> Tensor:
-        codes = self.dropouts[adapter](x) @ self.droplora_A[adapter].t()
+    def weighed(self, adapter: str, codes: Tensor, x: Tensor) -> Tensor:
         mask = torch.ones(codes.shape[-1], dtype=codes.dtype, device=codes.device)
-        mask = torch.nn.functional.dropout(mask, self.configs[adapter].rank_dropout, training=self.training)
-        return (codes * mask) @ (self.droplora_B[adapter] * self.scaling[adapter]).t()
-
-    def active_parameters(self, adapter: str, n: float, m: float) -> float:
-        """All: in evaluation every rank acts."""
-        return self.configs[adapter].r * (n + m)
-
-    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        return self.droplora_B[adapter], self.droplora_A[adapter]
+        return codes * torch.nn.functional.dropout(mask, self.configs[adapter].rank_dropout, training=self.training)
 
 
 class DropLoraModel(BaselineModel):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flylora.lab.baselines.base import BaselineConfig, BaselineLinear, BaselineModel, new_down
 from flylora.tuner.config import check_positive_int
@@ -32,28 +32,26 @@ class HydraLoraConfig(BaselineConfig):
 class HydraLoraLinear(BaselineLinear):
     """HydraLoRA adapters: A (r, n), B (N, m, r) and the router W_g (N, n), all trained."""
 
+    method = "hydralora"
     adapter_layer_names = ("hydralora_A", "hydralora_B", "hydralora_router")
     mergeable = False
 
-    hydralora_A: nn.ParameterDict
-    hydralora_B: nn.ParameterDict
-    hydralora_router: nn.ParameterDict
-
     def new_tensors(self, config: HydraLoraConfig) -> dict[str, Tensor]:
         return {
-            "hydralora_A": new_down(config.r, self.in_features),
-            "hydralora_B": torch.zeros(config.experts, self.out_features, config.r),
-            "hydralora_router": new_down(config.experts, self.in_features),
+            **super().new_tensors(config),
+            "B": torch.zeros(config.experts, self.out_features, config.r),
+            "router": new_down(config.experts, self.in_features),
         }
 
-    def update(self, adapter: str, x: Tensor) -> Tensor:
-        codes = self.dropouts[adapter](x) @ self.hydralora_A[adapter].t()
-        logits = x @ self.hydralora_router[adapter].t()
+    def weighed(self, adapter: str, codes: Tensor, x: Tensor) -> Tensor:
+        """Side by side, the experts are one product: sum_e w_e B_e y = [B_1 ... B_N] [w_1 y; ...; w_N y]."""
+        logits = x @ self.own("router", adapter).t()
         weights = logits.softmax(dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).to(codes.dtype)
-        # Side by side, the experts are one product: sum_e w_e B_e y = [B_1 ... B_N] [w_1 y; ...; w_N y].
-        mixed = (weights.unsqueeze(-1) * codes.unsqueeze(-2)).flatten(-2)
-        up = self.hydralora_B[adapter].transpose(0, 1).flatten(1)
-        return mixed @ (up * self.scaling[adapter]).t()
+        return (weights.unsqueeze(-1) * codes.unsqueeze(-2)).flatten(-2)
+
+    def up(self, adapter: str) -> Tensor:
+        """[B_1 ... B_N], (m, N r)."""
+        return self.own("B", adapter).transpose(0, 1).flatten(1)
 
     def active_parameters(self, adapter: str, n: float, m: float) -> float:
         """All: every expert acts on every token."""

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Optional
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from flylora.lab.baselines.base import BaselineConfig, BaselineLinear, BaselineModel, Held, check_share, new_down
+from flylora.lab.baselines.base import BaselineConfig, BaselineLinear, BaselineModel, TrainedLayer, check_share
 from flylora.tuner.config import check_positive_int
 
 
@@ -45,52 +44,43 @@ class LoriConfig(BaselineConfig):
 class LoriLinear(BaselineLinear):
     """LoRI adapters: A (r, n) frozen, B (m, r) trained, the mask (m, r) uint8 and the steps done so far, (1,) int32."""
 
+    method = "lori"
     adapter_layer_names = ("lori_B", "lori_A")
     frozen_names = ("lori_A",)
     buffer_names = ("lori_mask", "lori_steps")
     other_param_names = (*BaselineLinear.other_param_names, *buffer_names)
     stepped_name = "lori_B"
 
-    lori_A: nn.ParameterDict
-    lori_B: nn.ParameterDict
-    lori_mask: BufferDict
-    lori_steps: BufferDict
-
     def new_tensors(self, config: LoriConfig) -> dict[str, Tensor]:
         shape = (self.out_features, config.r)
         return {
-            "lori_A": new_down(config.r, self.in_features),
-            "lori_B": torch.zeros(shape),
-            "lori_mask": torch.ones(shape, dtype=torch.uint8),
-            "lori_steps": torch.zeros(1, dtype=torch.int32),
+            **super().new_tensors(config),
+            "mask": torch.ones(shape, dtype=torch.uint8),
+            "steps": torch.zeros(1, dtype=torch.int32),
         }
 
-    def update(self, adapter: str, x: Tensor) -> Tensor:
-        up, down = self.factors(adapter)
-        return (self.dropouts[adapter](x) @ down.t()) @ (up * self.scaling[adapter]).t()
-
-    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        up = self.lori_B[adapter]
-        return up * self.lori_mask[adapter].to(up.dtype), self.lori_A[adapter]
+    def up(self, adapter: str) -> Tensor:
+        """B under its mask."""
+        return self.own("B", adapter) * self.own("mask", adapter).to(self.own("B", adapter).dtype)
 
     @classmethod
-    def after_step(cls, held: list[Held], optimizer: Optimizer) -> None:
+    def after_step(cls, trained: list[TrainedLayer], optimizer: Optimizer) -> None:
         """Count the step; at the end of the dense phase make the mask and begin again."""
-        for layer, adapter, _ in held:
+        for layer, adapter, _ in trained:
             layer.lori_steps[adapter] += 1
-        first, adapter, _ = held[0]
+        first, adapter, _ = trained[0]
         if int(first.lori_steps[adapter]) == first.configs[adapter].dense_steps:
-            _make_masks([layer for layer, _, _ in held], adapter, first.configs[adapter].density)
-            for layer, _, _ in held:
+            _make_masks([layer for layer, _, _ in trained], adapter, first.configs[adapter].density)
+            for layer, _, _ in trained:
                 layer.lori_B[adapter].zero_()
                 optimizer.state.pop(layer.lori_B[adapter], None)
-        for layer, _, _ in held:
+        for layer, _, _ in trained:
             # The gradient is masked already; an optimizer's momentum or decay could still move an entry.
-            layer.lori_B[adapter].mul_(layer.lori_mask[adapter])
+            layer.own("B", adapter).mul_(layer.own("mask", adapter))
 
     def active_parameters(self, adapter: str, n: float, m: float) -> float:
         """The entries of B that the mask keeps, or is going to keep."""
-        mask, config = self.lori_mask[adapter], self.configs[adapter]
+        mask, config = self.own("mask", adapter), self.configs[adapter]
         if mask.is_meta or bool(mask.all()):
             share = 1.0 if config.dense_steps is None else config.density
         else:
@@ -115,16 +105,15 @@ def mask_adapter(model: nn.Module, density: float, adapter: str = "default") -> 
     with torch.no_grad():
         _make_masks(layers, adapter, density)
         for layer in layers:
-            layer.lori_B[adapter].mul_(layer.lori_mask[adapter])
+            layer.own("B", adapter).mul_(layer.own("mask", adapter))
 
 
 def _make_masks(layers: list[LoriLinear], adapter: str, density: float) -> None:
     """Masks with int(density x entries) ones over all layers; of equal magnitudes the earlier entries are kept."""
-    sizes = [layer.lori_B[adapter].numel() for layer in layers]
-    magnitudes = torch.cat([layer.lori_B[adapter].detach().abs().flatten().float().cpu() for layer in layers])
+    ups = [layer.own("B", adapter) for layer in layers]
+    magnitudes = torch.cat([up.detach().abs().flatten().float().cpu() for up in ups])
     order = magnitudes.sort(descending=True, stable=True).indices
     mask = torch.zeros(magnitudes.numel(), dtype=torch.uint8)
     mask[order[: max(1, int(density * magnitudes.numel()))]] = 1
-    for layer, part in zip(layers, mask.split(sizes), strict=True):
-        up = layer.lori_B[adapter]
-        layer.lori_mask[adapter] = part.view(up.shape).to(up.device)
+    for layer, up, part in zip(layers, ups, mask.split([up.numel() for up in ups]), strict=True):
+        layer.own("mask", adapter).copy_(part.view(up.shape))

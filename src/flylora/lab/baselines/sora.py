@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from flylora.errors import UserError
-from flylora.lab.baselines.base import BaselineConfig, BaselineLinear, BaselineModel, Held, new_down
+from flylora.lab.baselines.base import BaselineConfig, BaselineLinear, BaselineModel, TrainedLayer
 
 
 @dataclass
@@ -39,37 +39,27 @@ class SoraConfig(BaselineConfig):
 class SoraLinear(BaselineLinear):
     """SoRA adapters: A (r, n), B (m, r) and the gate (r,), all trained."""
 
+    method = "sora"
     adapter_layer_names = ("sora_A", "sora_B", "sora_gate")
     stepped_name = "sora_gate"
 
-    sora_A: nn.ParameterDict
-    sora_B: nn.ParameterDict
-    sora_gate: nn.ParameterDict
-
     def new_tensors(self, config: SoraConfig) -> dict[str, Tensor]:
-        return {
-            "sora_A": new_down(config.r, self.in_features),
-            "sora_B": torch.zeros(self.out_features, config.r),
-            "sora_gate": torch.randn(config.r),
-        }
+        return {**super().new_tensors(config), "gate": torch.randn(config.r)}
 
-    def update(self, adapter: str, x: Tensor) -> Tensor:
-        codes = self.dropouts[adapter](x) @ self.sora_A[adapter].t()
-        return (codes * self.sora_gate[adapter]) @ (self.sora_B[adapter] * self.scaling[adapter]).t()
-
-    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        return self.sora_B[adapter] * self.sora_gate[adapter], self.sora_A[adapter]
+    def up(self, adapter: str) -> Tensor:
+        """B with its columns times the gate: B (g * y) = (B * g) y."""
+        return self.own("B", adapter) * self.own("gate", adapter)
 
     @classmethod
-    def after_step(cls, held: list[Held], optimizer: Optimizer) -> None:
+    def after_step(cls, trained: list[TrainedLayer], optimizer: Optimizer) -> None:
         """The proximal step of each gate."""
-        for layer, adapter, lr in held:
-            gate = layer.sora_gate[adapter]
+        for layer, adapter, lr in trained:
+            gate = layer.own("gate", adapter)
             gate.copy_(gate.sign() * (gate.abs() - lr * layer.configs[adapter].l1).clamp(min=0))
 
     def active_parameters(self, adapter: str, n: float, m: float) -> float:
         """Rows, columns and gates of the ranks whose gate is not 0; all of them where nothing is known yet (meta)."""
-        gate = self.sora_gate[adapter]
+        gate = self.own("gate", adapter)
         ranks = gate.numel() if gate.is_meta else int(gate.count_nonzero())
         return ranks * (n + m + 1)
 
@@ -77,7 +67,7 @@ class SoraLinear(BaselineLinear):
 def gate_sparsity(model: nn.Module, adapter: str = "default") -> tuple[int, int]:
     """(gates that are exactly 0, gates in all) over the model's SoRA layers."""
     layers = (module for module in model.modules() if isinstance(module, SoraLinear) and module.is_on(adapter))
-    gates = [layer.sora_gate[adapter] for layer in layers]
+    gates = [layer.own("gate", adapter) for layer in layers]
     return sum(int((gate == 0).sum()) for gate in gates), sum(gate.numel() for gate in gates)
 
 

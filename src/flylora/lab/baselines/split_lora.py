@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Optional
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flylora.errors import UserError
 from flylora.lab.baselines.base import BaselineConfig, BaselineLinear, BaselineModel, new_down
@@ -66,30 +66,21 @@ class SplitLoraConfig(BaselineConfig):
 class SplitLoraLinear(BaselineLinear):
     """Split-LoRA adapters; expert e owns the e-th r / N rows of A and columns of B."""
 
+    method = "splitlora"
     adapter_layer_names = ("splitlora_A", "splitlora_B", "splitlora_router")
     mergeable = False
 
-    splitlora_A: nn.ParameterDict
-    splitlora_B: nn.ParameterDict
-    splitlora_router: nn.ParameterDict
-
     def new_tensors(self, config: SplitLoraConfig) -> dict[str, Tensor]:
-        return {
-            "splitlora_A": new_down(config.r, self.in_features),
-            "splitlora_B": torch.zeros(self.out_features, config.r),
-            "splitlora_router": new_down(config.experts, self.in_features),
-        }
+        return {**super().new_tensors(config), "router": new_down(config.experts, self.in_features)}
 
-    def update(self, adapter: str, x: Tensor) -> Tensor:
+    def weighed(self, adapter: str, codes: Tensor, x: Tensor) -> Tensor:
         config = self.configs[adapter]
-        codes = self.dropouts[adapter](x) @ self.splitlora_A[adapter].t()
-        weights = self.gate(adapter, x).repeat_interleave(config.r // config.experts, dim=-1)
-        return (codes * weights) @ (self.splitlora_B[adapter] * self.scaling[adapter]).t()
+        return codes * self.gate(adapter, x).repeat_interleave(config.r // config.experts, dim=-1)
 
     def gate(self, adapter: str, x: Tensor) -> Tensor:
         """G(x), (..., N): sigmoid of the k largest router outputs of each group and 0 elsewhere; x is (..., n)."""
         config = self.configs[adapter]
-        logits = (x @ self.splitlora_router[adapter].t()).unflatten(-1, (config.groups, config.group_size))
+        logits = (x @ self.own("router", adapter).t()).unflatten(-1, (config.groups, config.group_size))
         kept, chosen = logits.topk(config.active_in_group, dim=-1)
         return torch.zeros_like(logits).scatter(-1, chosen, kept.sigmoid()).flatten(-2)
 
