@@ -19,6 +19,7 @@ from trl.trainer import base_trainer
 
 from flylora.errors import UserError
 from flylora.inspection import inspect
+from flylora.kernels import cpu
 from flylora.lab.data import encode_all
 from flylora.lab.tasks import load_task
 from flylora.lab.training.callbacks import RunCallback
@@ -582,6 +583,16 @@ def test_the_loss_covers_the_answer_alone(config: Callable[..., TrainConfig], tm
         total -= float(picked[torch.tensor(item.labels[1:]) != -100].sum())
     train(asked)
     assert losses(tmp_path / "run")[0] == pytest.approx(total / encoded.trained_tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize(("method", "times"), [("flylora", 1), ("lora", 0)])
+def test_training_flylora_on_a_cpu_prepares_its_kernel(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, method: str, times: int
+) -> None:
+    prepared: list[object] = []
+    monkeypatch.setattr(cpu, "prepare", prepared.append)
+    train(config(steps=1, method=method))
+    assert len(prepared) == times
 
 
 def test_nobody_is_told(config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from flylora.errors import UserError
+from flylora.kernels import cpu
 from flylora.lab.baselines.counts import ParameterCount, count_adapter
 from flylora.lab.data import EncodedSet, encode_all
 from flylora.lab.tasks import Split, Task, load_task
@@ -61,6 +62,8 @@ def fit(config: TrainConfig, loaded: LoadedModel | None = None) -> TrainRecord:
     validation = _encoded(task, "validation", config.eval_limit, config, loaded) if config.eval_steps else None
     run = Run(_total_steps(config, len(train_set.items)), loaded.model)
     method = method_config(config.method, config.adapter, run)
+    if preset(config.method).kind == "flylora" and loaded.model.device.type == "cpu":
+        cpu.prepare(logger.warning)
     base_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     assert config.lr is not None  # TrainConfig fills it in
     with set_up(loaded.model, config.method, method, config.seed, config.lr, config.weight_decay) as setup:
