@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -437,7 +438,8 @@ def test_an_interrupted_export_leaves_nothing(
         raise KeyboardInterrupt
 
     where = "run.write_lora" if (to, place) == ("lora", "run.write_full") else place
-    monkeypatch.setattr(f"flylora.export.{where}", stop)
+    room, _, name = where.partition(".")
+    monkeypatch.setattr(import_module(f"flylora.export.{room}"), name, stop)
     before = loaded.model(IDS).logits
     with pytest.raises(KeyboardInterrupt):
         export(settings(routed, tmp_path / "out", to, calibrate=[str(prose)]), loaded)
