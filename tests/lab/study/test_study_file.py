@@ -55,6 +55,7 @@ def changed(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("train.speed", 3, "Unknown key 'speed'"),
         ("train.out", "x", "itself decides 'out'"),
         ("train.batch_size", 0, "batch_size must be above 0"),
+        ("evaluation.speed", 3, "Unknown key 'speed'"),
         ("evaluation.limit", 0, "limit must be at least 1"),
         ("evaluation.adapter", "x", "itself decides 'adapter'"),
         ("baseline", "nobody", "baseline names 'nobody'"),
