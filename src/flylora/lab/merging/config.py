@@ -61,7 +61,7 @@ class SearchOptions:
 
 @options
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig(MergeOptions, TaskTexts, EvaluateOptions, SearchOptions):
+class MergeConfig(SearchOptions, EvaluateOptions, TaskTexts, MergeOptions):
     """Options of one merge: how to merge, and the tasks to calibrate on, to measure on and to tune on.
 
     Args:
