@@ -31,7 +31,7 @@ LIBRARY_TESTS = [
     *(f"--ignore={path}" for path in OF_THE_LABORATORY),
     *(f"--deselect={test}" for test in NEED_ONE_OF_ITS_PACKAGES),
 ]
-# These make a GGUF file whose tokenizer has a single merge, which transformers up to 5.16.1 cannot read. Real files it can.
+# These make a GGUF file whose tokenizer has a single merge. Transformers up to 5.16.1 reads only real files.
 TINY_GGUF = [
     f"--deselect=tests/test_models.py::{name}"
     for name in (

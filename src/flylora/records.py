@@ -207,7 +207,7 @@ def from_json(text: str, cls: type[R], source: str = "the record") -> R:
 
 
 def read_record(path: Path, cls: type[R]) -> R:
-    """A record from its file; raises ``UserError`` when there is none or it cannot be read."""
+    """A record from its file; raises ``UserError`` if the file is missing or cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -243,7 +243,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: str | Path, overwrite: bool = False, mark: str = "adapter_config.json") -> Iterator[Path]:
-    """A temporary folder beside ``path``: it gets that name when the block ends well, and is removed otherwise.
+    """A temporary folder next to ``path``: it gets that name if the block succeeds, and is removed otherwise.
 
     Args:
         path: The folder to make. overwrite: Replace a folder of that name.

@@ -117,7 +117,7 @@ def read_statistics(path: Path) -> TaskStatistics:
     """Statistics from a file.
 
     Raises:
-        UserError: there is none, or it is damaged, of another kind or of a newer version.
+        UserError: the file is missing, damaged, of another kind or of a newer version.
     """
     if not path.is_file():
         raise UserError(f"There is no calibration file {path}: make one with flylora calibrate, or name a task.")

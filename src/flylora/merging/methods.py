@@ -82,7 +82,7 @@ def least_squares(
 
 
 def least_squares_error(up: Tensor, ups: Sequence[Tensor], grams: Sequence[Tensor], weights: Sequence[float]) -> float:
-    """sum_t w_t E_t ||(B - B_t') z||^2, what [`least_squares`] minimises beside its penalty.
+    """sum_t w_t E_t ||(B - B_t') z||^2, what [`least_squares`] minimises, without its penalty.
 
     Args:
         up: B, (m, R). ups: B_t', each (m, R). grams: G_t, each (R, R). weights: w_t.

@@ -29,7 +29,7 @@ class Ablation(NamedTuple):
     """What one adapter does differently from the default.
 
     Attributes:
-        aux_coefficient: weight of the auxiliary balancing loss; None: there is none.
+        aux_coefficient: weight of the auxiliary balancing loss; None: no such loss.
         trained: whether A trains, for ``trained_steps`` optimizer steps or, None, throughout.
     """
 

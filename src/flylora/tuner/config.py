@@ -86,7 +86,7 @@ class FlyLoraConfig(PeftConfig):
         exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in any PEFT config.
         rank_pattern: other values of r for modules whose name matches a key.
         bias: only "none": FlyLoRA trains no biases.
-        blocks: the projections of a merged adapter, written by ``flylora merge``; None for one's own training.
+        blocks: the projections of a merged adapter, written by ``flylora merge``; None for an adapter that was trained.
         in_features: n of the adapted modules by name, filled in when the adapter is put into a model: with it an
             adapter folder alone is enough to generate A.
         format_version: of the saved adapter.
@@ -294,7 +294,7 @@ def check_targets(config: Any) -> None:
     """What PEFT would silently ignore among a config's target fields is refused.
 
     Raises:
-        flylora.UserError: for layers given beside a pattern or "all-linear", or a pattern of layers without layers.
+        flylora.UserError: for layers given with a pattern or "all-linear", or a pattern of layers without layers.
     """
     for name in ("layers_to_transform", "layers_pattern"):
         # PEFT reads both for lists of names only, and would silently adapt every layer.

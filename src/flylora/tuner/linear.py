@@ -1,4 +1,4 @@
-"""What every tuner of this package shares: a layer that holds adapters beside a frozen linear layer, and its model.
+"""What every tuner of this package shares: a layer that holds adapters next to a frozen linear layer, and its model.
 
 FlyLoRA and the baselines say which tensors an adapter has and how they act; injection, merging into the weights and
 the refusals of layers that cannot be adapted are here.

@@ -98,7 +98,7 @@ class LoriModel(BaselineModel):
 def mask_adapter(model: nn.Module, density: float, adapter: str = "default") -> None:
     """Make the masks of an adapter now, from its B's, keeping ``density`` of all their entries; B keeps its values.
 
-    For a dense phase that is a run of its own: train with ``dense_steps=None``, mask, and go on.
+    For a dense phase in a separate run: train with ``dense_steps=None``, mask, and go on.
     """
     check_share("density", density)
     layers = [module for module in model.modules() if isinstance(module, LoriLinear) and module.is_on(adapter)]

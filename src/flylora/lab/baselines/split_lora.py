@@ -24,7 +24,7 @@ class SplitLoraConfig(BaselineConfig):
         r: total rank, of all experts together.
         experts: N, from one to r: 4 with r 32 is the paper's 4 x 8, 32 its 32 x 1.
         k: experts of a group that act on a token. None: a quarter of the group, at least one, so that r / 4 ranks act.
-        groups: parts of equal size that the experts fall into, each with a top-k of its own. More than one is what
+        groups: parts of equal size that the experts fall into, each with its own top-k. More than one is what
             merging makes: every input keeps its routing.
     """
 

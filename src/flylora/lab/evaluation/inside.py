@@ -1,4 +1,4 @@
-"""What runs inside a sandbox: a script for an interpreter of its own, which needs nothing of flylora.
+"""What runs inside a sandbox: a script for a separate interpreter, which does not import flylora.
 
 ``sandbox.py`` starts it twice under bubblewrap: as the generated program, which answers calls, and as the judge, which
 asks. They are separate processes in separate sandboxes. Two pipes join them, on which only plain data travel, as JSON.
@@ -71,7 +71,7 @@ def lock_down(settings: dict[str, Any]) -> None:
         os.setresuid(*[settings["user"]] * 3)
     demand(libc.capset(struct.pack("Ii", _CAPABILITY_VERSION, 0), bytes(24)), "giving up privileges")
     demand(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "giving up new privileges")
-    # A session keyring of its own. May fail where there are no keyrings; the filter denies their use in any case.
+    # A new session keyring. May fail where there are no keyrings; the filter denies their use in any case.
     libc.syscall(_KEYCTL[os.uname().machine], _JOIN_SESSION_KEYRING, None)
     for name, number in LIMITS.items():
         resource.setrlimit(getattr(resource, number), (settings[name], settings[name]))

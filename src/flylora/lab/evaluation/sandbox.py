@@ -144,7 +144,7 @@ class _Pipe:
 def _isolated(
     role: str, task: dict[str, str], ends: Sequence[FileIO], limits: Limits
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A role of ``inside.py`` in a sandbox of its own, of which nothing is left at the end."""
+    """A role of ``inside.py`` in its own sandbox. Nothing of it is left at the end."""
     if sys.platform != "linux":
         raise _cannot(f"it runs {sys.platform}")
     try:

@@ -288,7 +288,7 @@ class _Work:
 
 
 def _go_on(out: Path, asked: TrainConfig, loaded: LoadedModel) -> TrainRecord | None:
-    """The end of an unfinished run of the same settings; ``None`` if there is none to go on with."""
+    """The end of an unfinished run of the same settings; ``None`` without one to continue."""
     try:
         earlier = read_record(out / RECORD_NAME, TrainRecord)
     except UserError:

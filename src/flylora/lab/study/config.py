@@ -198,7 +198,7 @@ class Study:
         baseline: Label of the method that the others are compared with, seed by seed.
         lr_search: How learning rates are chosen; methods with a rate of their own are not searched.
         overrides: Settings of training for single cells; later ones win.
-        paper: Figures to show beside ours where the setup is the same.
+        paper: Figures to show next to ours if the setup is the same.
         data_dir: Folder that the tasks' data files are relative to; relative to the study file itself.
         description: A sentence for the results.
     """

@@ -57,7 +57,7 @@ def cell_folder(run: Path, name: str) -> Path:
 
 
 def read_cell(run: Path, name: str) -> CellRecord | None:
-    """The record of a cell; ``None`` if there is none that can be read."""
+    """The record of a cell; ``None`` if it is missing or cannot be read."""
     try:
         return read_record(cell_folder(run, name) / CELL_RECORD, CellRecord)
     except UserError:

@@ -59,7 +59,7 @@ class RunCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        # The summary at the end of training has no loss of its own step.
+        # The summary at the end of training is not the loss of a step.
         if state.is_world_process_zero and logs and ("loss" in logs or "eval_loss" in logs):
             line = {"step": state.global_step, "seconds": round(time.monotonic() - self.started, 3), **logs}
             with self.folder.metrics_path.open("a", encoding="utf-8") as stream:

@@ -228,7 +228,7 @@ def _give_back(loaded: LoadedModel, model: PeftModel) -> None:
     """Takes the adapter and the trainer's changes off the base model, for whoever uses it next."""
     base = loaded.model
     take_off(model)
-    vars(base).pop("forward", None)  # TRL sets a forward of its own on the instance
+    vars(base).pop("forward", None)  # TRL sets its own forward on the instance
     base.gradient_checkpointing_disable()
     base.disable_input_require_grads()
     base.eval()

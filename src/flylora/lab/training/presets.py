@@ -130,7 +130,7 @@ PRESETS = {
     "lora": Preset("lora", summary="two trained factors B A of rank r (Hu et al., 2021)"),
     "rslora": Preset("lora", {"use_rslora": True}, summary="LoRA, scaled by alpha over the root of r"),
     "dora": Preset("lora", {"use_dora": True}, summary="LoRA that trains size and direction apart"),
-    "lorafa": Preset("lora", optimizer=_lorafa_optimizer, summary="LoRA with A frozen and an optimizer of its own"),
+    "lorafa": Preset("lora", optimizer=_lorafa_optimizer, summary="LoRA with A frozen and its own optimizer"),
     "pissa": Preset(
         "lora",
         {"init_lora_weights": "pissa"},

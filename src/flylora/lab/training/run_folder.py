@@ -188,7 +188,7 @@ class RunFolder:
             try:
                 # Asking whether the vocabulary changed would look the base model up on the hub.
                 with warnings.catch_warnings():
-                    # PEFT puts the untrained adapter beside the trained one for a moment, and warns of having done so.
+                    # PEFT puts the untrained adapter next to the trained one for a moment, and warns about it.
                     warnings.filterwarnings("ignore", message=".* changes the base weights of the model")
                     model.save_pretrained(
                         str(partial),

@@ -84,7 +84,7 @@ class AdapterTrainer(SFTTrainer):
         """The run folder has its own card."""
 
     def _send_telemetry(self) -> None:
-        """Training on one's own machine reports to nobody."""
+        """Training on the user's machine reports to nobody."""
 
 
 def make_trainer(prepared: Prepared, total_steps: int, callback: RunCallback) -> AdapterTrainer:
