@@ -146,6 +146,17 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
         write_text(tmp_path / "file" / "r.json", "new")
 
 
+def test_a_failure_leaves_no_parent_folders_but_those_that_were_there(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for parent in ("new/deep", "there/deep"):
+        with pytest.raises(RuntimeError), records.new_folder(tmp_path / parent / "adapter"):
+            raise RuntimeError
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+    with records.new_folder(tmp_path / "new" / "deep" / "adapter") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "new" / "deep" / "adapter" / "file").is_file()
+
+
 def test_a_folder_that_cannot_take_its_name_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "adapter_config.json").write_text("old")

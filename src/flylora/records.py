@@ -229,8 +229,7 @@ def write_text(path: Path, text: str) -> None:
         UserError: The disk is full or the folder cannot be written to; nothing is left behind.
     """
     partial = path.with_name(f".{path.name}.partial")
-    with saving(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with saving(path), _parents_of(path):
         try:
             with partial.open("w", encoding="utf-8") as stream:
                 stream.write(text)
@@ -254,18 +253,29 @@ def new_folder(path: str | Path, overwrite: bool = False, mark: str = "adapter_c
     """
     path = Path(path)
     refuse_existing(path, overwrite, mark)
-    with saving(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with saving(path), _parents_of(path):
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
-        with saving(path):
+        try:
             mask = os.umask(0)
             os.umask(mask)
             partial.chmod(0o777 & ~mask)  # mkdtemp makes folders for their owner alone
             yield partial
             replace_folder(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _parents_of(path: Path) -> Iterator[None]:
+    """Makes the folders above ``path``; at the end those of them that stayed empty are removed again."""
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # the first one that holds something ends it
+            for parent in made:
+                parent.rmdir()
 
 
 def refuse_existing(path: Path, overwrite: bool, mark: str = "adapter_config.json") -> None:
