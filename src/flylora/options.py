@@ -129,8 +129,6 @@ def from_mapping(cls: type[C], values: object, where: str = "") -> C:
 
 
 def _adapter(cls: Any) -> Any:
-    if dataclasses.is_dataclass(cls) and not pydantic.dataclasses.is_pydantic_dataclass(cls):  # type: ignore[arg-type]
-        cls = options(cls)  # type: ignore[arg-type]
     known = dataclasses.is_dataclass(cls)
     return pydantic.TypeAdapter(cls, config=None if known else _CHECKS)
 
