@@ -36,6 +36,8 @@ constexpr int64_t kLanes = 16, kVectors = 4, kColumns = kLanes * kVectors;
 // 16 floats, in whatever registers the processor has.
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
 constexpr int64_t kTokensPerThread = 16;
+// Up to so many tokens, as when a model decodes, packing B takes longer than multiplying by all of its ranks.
+constexpr int64_t kFewTokens = 4;
 
 struct Routing {
   int64_t blocks, r, k;
@@ -184,6 +186,18 @@ inline void add_rows(scalar* to, const float* rows, const int16_t* index, const 
   store(to, Piece{{s0, s1, s2, s3}}, size);
 }
 
+// to[q] += sum_j rows[q][j] code[j] for all m rows: B as it lies in memory, read once.
+template <typename scalar>
+inline void add_product(scalar* __restrict to, const float* __restrict rows, const float* __restrict code, int64_t m,
+                        int64_t ranks) {
+  for (int64_t q = 0; q < m; ++q) {
+    const float* __restrict row = rows + q * ranks;
+    float sum = 0.0f;
+    for (int64_t j = 0; j < ranks; ++j) sum += row[j] * code[j];
+    to[q] = static_cast<scalar>(static_cast<float>(to[q]) + sum);
+  }
+}
+
 // Selects, stores the codes, and adds s z B^T to out (N, m) in place.
 template <typename scalar>
 void forward_tokens(const Tensor& y, const Tensor& d, const Tensor& up, Tensor& out, Tensor& values, Tensor& indices,
@@ -208,6 +222,15 @@ void forward_tokens(const Tensor& y, const Tensor& d, const Tensor& up, Tensor& 
         std::copy(chosen.begin(), chosen.begin() + k, index + b * k);
       }
       for (int64_t a = 0; a < active; ++a) value_data[t * active + a] = y_data[t * ranks + index[a]];
+    }
+    if (end - begin <= kFewTokens) {
+      std::vector<float> code(ranks);
+      for (int64_t t = begin; t < end; ++t) {
+        std::fill(code.begin(), code.end(), 0.0f);
+        for (int64_t a = 0; a < active; ++a) code[index_data[t * active + a]] = scaling * value_data[t * active + a];
+        add_product(out_data + t * m, up_data, code.data(), m, ranks);
+      }
+      return;
     }
     for (int64_t start = 0; start < m; start += kColumns) {
       const int64_t columns = std::min(kColumns, m - start);
