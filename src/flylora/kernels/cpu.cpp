@@ -38,6 +38,8 @@ typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned
 constexpr int64_t kTokensPerThread = 16;
 // Up to so many tokens, as when a model decodes, packing B takes longer than multiplying by all of its ranks.
 constexpr int64_t kFewTokens = 4;
+// A thread is worth its start for so many values of B.
+constexpr int64_t kValuesPerThread = 1 << 15;
 
 struct Routing {
   int64_t blocks, r, k;
@@ -186,16 +188,45 @@ inline void add_rows(scalar* to, const float* rows, const int16_t* index, const 
   store(to, Piece{{s0, s1, s2, s3}}, size);
 }
 
-// to[q] += sum_j rows[q][j] code[j] for all m rows: B as it lies in memory, read once.
-template <typename scalar>
-inline void add_product(scalar* __restrict to, const float* __restrict rows, const float* __restrict code, int64_t m,
-                        int64_t ranks) {
-  for (int64_t q = 0; q < m; ++q) {
-    const float* __restrict row = rows + q * ranks;
-    float sum = 0.0f;
-    for (int64_t j = 0; j < ranks; ++j) sum += row[j] * code[j];
-    to[q] = static_cast<scalar>(static_cast<float>(to[q]) + sum);
-  }
+// sums[i] = rows[i] . values for several rows of a matrix: more at once than one sum's additions would allow.
+template <int64_t count>
+inline void dot_rows(float* sums, const float* rows, const float* __restrict values, int64_t size) {
+  float sum[count] = {};
+  for (int64_t j = 0; j < size; ++j)
+    for (int64_t i = 0; i < count; ++i) sum[i] += rows[i * size + j] * values[j];
+  for (int64_t i = 0; i < count; ++i) sums[i] = sum[i];
+}
+
+// add(t, i, x[t] . rows[i]) for few tokens x (tokens, size) and all rows: each row is read once, by all threads.
+template <typename Add>
+void multiply_few(const float* x, const float* rows, int64_t tokens, int64_t count, int64_t size, const Add& add) {
+  constexpr int64_t kRows = 4;
+  at::parallel_for(0, count, std::max(kRows, kValuesPerThread / size), [&](int64_t first, int64_t last) {
+    float sums[kRows];
+    for (int64_t i = first; i < last; i += kRows) {
+      const int64_t here = std::min(kRows, last - i);
+      for (int64_t t = 0; t < tokens; ++t) {
+        if (here == kRows)
+          dot_rows<kRows>(sums, rows + i * size, x + t * size, size);
+        else
+          for (int64_t j = 0; j < here; ++j) dot_rows<1>(sums + j, rows + (i + j) * size, x + t * size, size);
+        for (int64_t j = 0; j < here; ++j) add(t, i + j, sums[j]);
+      }
+    }
+  });
+}
+
+// y = x A^T, (N, R) float32.
+Tensor project(const Tensor& x, const Tensor& projection) {
+  const Tensor flat = x.reshape({-1, x.size(-1)}).to(at::kFloat);
+  const int64_t tokens = flat.size(0), ranks = projection.size(0), n = projection.size(1);
+  if (tokens > kFewTokens) return at::mm(flat, projection.t());
+  const Tensor dense = flat.contiguous();
+  Tensor y = at::empty({tokens, ranks}, dense.options());
+  float* to = y.mutable_data_ptr<float>();
+  multiply_few(dense.const_data_ptr<float>(), projection.const_data_ptr<float>(), tokens, ranks, n,
+               [&](int64_t t, int64_t i, float sum) { to[t * ranks + i] = sum; });
+  return y;
 }
 
 // Selects, stores the codes, and adds s z B^T to out (N, m) in place.
@@ -210,8 +241,9 @@ void forward_tokens(const Tensor& y, const Tensor& d, const Tensor& up, Tensor& 
   scalar* out_data = out.mutable_data_ptr<scalar>();
   float* value_data = values.mutable_data_ptr<float>();
   int16_t* index_data = indices.mutable_data_ptr<int16_t>();
+  const bool few = tokens <= kFewTokens;
   for_shares(tokens, [&](int64_t, int64_t begin, int64_t end) {
-    std::vector<float> score(routing.r), packed(ranks * kColumns);
+    std::vector<float> score(routing.r);
     std::vector<int32_t> larger(routing.r);
     std::vector<int16_t> chosen(k + 1);
     for (int64_t t = begin; t < end; ++t) {
@@ -223,15 +255,8 @@ void forward_tokens(const Tensor& y, const Tensor& d, const Tensor& up, Tensor& 
       }
       for (int64_t a = 0; a < active; ++a) value_data[t * active + a] = y_data[t * ranks + index[a]];
     }
-    if (end - begin <= kFewTokens) {
-      std::vector<float> code(ranks);
-      for (int64_t t = begin; t < end; ++t) {
-        std::fill(code.begin(), code.end(), 0.0f);
-        for (int64_t a = 0; a < active; ++a) code[index_data[t * active + a]] = scaling * value_data[t * active + a];
-        add_product(out_data + t * m, up_data, code.data(), m, ranks);
-      }
-      return;
-    }
+    if (few) return;
+    std::vector<float> packed(ranks * kColumns);
     for (int64_t start = 0; start < m; start += kColumns) {
       const int64_t columns = std::min(kColumns, m - start);
       pack_up(packed.data(), up_data, ranks, start, columns, scaling);
@@ -239,6 +264,13 @@ void forward_tokens(const Tensor& y, const Tensor& d, const Tensor& up, Tensor& 
         add_rows(out_data + t * m + start, packed.data(), index_data + t * active, value_data + t * active, active,
                  columns);
     }
+  });
+  if (!few) return;
+  std::vector<float> codes(tokens * ranks, 0.0f);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t a = t * active; a < (t + 1) * active; ++a) codes[t * ranks + index_data[a]] = scaling * value_data[a];
+  multiply_few(codes.data(), up_data, tokens, m, ranks, [&](int64_t t, int64_t q, float sum) {
+    out_data[t * m + q] = static_cast<scalar>(static_cast<float>(out_data[t * m + q]) + sum);
   });
 }
 
@@ -334,7 +366,7 @@ struct Codes {
 Codes add_update(Tensor& out, const Tensor& x, const Tensor& projection, const Tensor& up, const Tensor& routing_bias,
                  const Routing& routing, double scaling) {
   Tensor flat = out.view({-1, out.size(-1)});
-  const Tensor y = at::mm(x.reshape({-1, x.size(-1)}).to(at::kFloat), projection.t());
+  const Tensor y = project(x, projection);
   Tensor values = at::empty({y.size(0), routing.active()}, y.options());
   Tensor indices = at::empty({y.size(0), routing.active()}, y.options().dtype(at::kShort));
   const Tensor bias_of_scores = routing_bias.contiguous();

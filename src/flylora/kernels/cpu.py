@@ -213,10 +213,10 @@ def routed_update(x: Tensor, base: Tensor | Frozen, adapter: Adapter) -> Tensor:
     projection, up = adapter.projection.contiguous(), adapter.up.contiguous()
     routing = (len(blocks), blocks[0].k, blocks[0].selection == "magnitude", scaling)
     if isinstance(base, Frozen):
-        out: Tensor = torch.ops.flylora.routed_linear(
+        out: Tensor = torch.ops.flylora.routed_linear.default(
             x, *base, projection, up, routing_bias, load, token_mask, *routing
         )
         return out
     out = base.clone(memory_format=torch.contiguous_format)
-    torch.ops.flylora.routed_add_(out, x, projection, up, routing_bias, *routing)
+    torch.ops.flylora.routed_add_.default(out, x, projection, up, routing_bias, *routing)
     return out

@@ -248,10 +248,11 @@ class FlyLoraLinear(BalancedLayer, AdaptedLinear):
         watched = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         if watched or "forward" in base.__dict__ or torch.is_autocast_enabled(x.device.type):
             return None
-        trains = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
-        if trains or base.weight.dtype != x.dtype:
+        weight, bias = base.weight, base.bias  # looked up once: a module's attributes cost more than the checks
+        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if trains or weight.dtype != x.dtype:
             return None
-        return Frozen(base.weight.t() if isinstance(base, Conv1D) else base.weight, base.bias)
+        return Frozen(weight.t() if isinstance(base, Conv1D) else weight, bias)
 
     def _without_adapters(self, x: Tensor, adapter_names: Optional[list[str]], *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
