@@ -31,7 +31,7 @@ from flylora_cli import COMMANDS as SUMMARIES
 from flylora_cli import EXIT_USER_ERROR
 
 if TYPE_CHECKING:
-    from flylora.lab.study.run import StudyResult
+    from flylora.lab.study.record import StudyResult
     from flylora.lab.study.workload import StudyPlan
 
 EXIT_CELLS_FAILED = 1
@@ -66,8 +66,8 @@ def _study(options: StudyOptions) -> StudyPlan | StudyResult:
 
 
 def _show_study(result: StudyPlan | StudyResult) -> int:
-    from flylora.lab.study.show import show_plan, show_study
-    from flylora.lab.study.workload import StudyPlan
+    from flylora.lab.study.tables import show_study
+    from flylora.lab.study.workload import StudyPlan, show_plan
 
     if isinstance(result, StudyPlan):
         show_plan(result)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from flylora.lab.evaluation.harness import HarnessRecord
     from flylora.lab.evaluation.record import EvalRecord
     from flylora.lab.examples import Preview
-    from flylora.lab.study.run import StudyResult
+    from flylora.lab.study.record import StudyResult
     from flylora.lab.study.workload import StudyPlan
     from flylora.lab.training.record import TrainRecord
     from flylora.merging.calibration import TaskStatistics

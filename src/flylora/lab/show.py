@@ -64,12 +64,20 @@ def facts(title: str, rows: Mapping[str, object]) -> Table:
     return table
 
 
-def figures(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A name in the first column, figures in the others; only the name may go on in the next line."""
-    table = Table(title=clean(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+def figures(
+    title: str | None, headings: Sequence[str], rows: Iterable[Sequence[object]], labels: int = 1, ruled: bool = True
+) -> Table:
+    """Names in the first columns, figures in the others; only names may go on in the next line."""
+    table = Table(
+        title=title and clean(title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD if ruled else None,
+        pad_edge=False,
+        padding=(0, 1),
+    )
     for position, heading in enumerate(headings):
-        first = position == 0
-        table.add_column(heading, justify="left" if first else "right", no_wrap=not first, overflow="fold")
+        figure = position >= labels
+        table.add_column(heading, justify="right" if figure else "left", no_wrap=figure, overflow="fold")
     for row in rows:
         table.add_row(*map(clean, row))
     return table

@@ -10,7 +10,7 @@ import pytest
 from flylora.errors import UserError
 from flylora.lab.study import StudyOptions, load_study
 from flylora.lab.study.plan import Cell, plan, planned, select
-from flylora.lab.study.workload import tokens_of
+from flylora.lab.study.workload import plan_study
 
 Save = Callable[..., Path]
 
@@ -76,14 +76,15 @@ def test_merges_of_some_methods_only(save: Save) -> None:
 
 def test_merges_may_be_evaluated_otherwise_than_adapters(save: Save) -> None:
     merges = {"average": {"method": "average", "evaluation": {"loss_only": True, "limit": 2}}}
-    study, every = planned(StudyOptions(str(save(merges=merges))))
+    options = StudyOptions(str(save(merges=merges)))
+    _, every = planned(options)
     configs = {cell.name: cell.config for cell in every if cell.kind == "eval"}
     single, merged = (
         configs[f"seed0/llama/fly/{part}-vowels"] for part in ("vowels/eval", "merge-average/eval-vowels")
     )
     assert (single["loss_only"], single["limit"]) == (False, 3)
     assert (merged["loss_only"], merged["limit"]) == (True, 2)
-    tokens = tokens_of(study, every)
+    tokens = plan_study(options).amounts.tokens
     assert tokens["seed0/llama/fly/merge-average/eval-vowels-vowels"] == 2 * 64  # nothing is generated
     _, every = planned(StudyOptions(str(save(merges=merges)), eval_limit=1))
     assert {cell.config["limit"] for cell in every if cell.kind == "eval"} == {1}

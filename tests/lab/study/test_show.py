@@ -11,10 +11,9 @@ from rich.console import Console
 
 from flylora.lab.study import StudyOptions, load_study
 from flylora.lab.study.plan import planned
-from flylora.lab.study.record import run_folder
-from flylora.lab.study.run import StudyResult
-from flylora.lab.study.show import show_plan, show_study
-from flylora.lab.study.workload import plan_study
+from flylora.lab.study.record import StudyResult, run_folder
+from flylora.lab.study.tables import show_study
+from flylora.lab.study.workload import plan_study, show_plan
 from flylora_cli import main
 
 Save = Callable[..., Path]

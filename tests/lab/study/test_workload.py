@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ import pytest
 
 from flylora.errors import UserError
 from flylora.lab.study import StudyOptions
-from flylora.lab.study.plan import planned
 from flylora.lab.study.run import run_study
-from flylora.lab.study.workload import plan_study, seconds_of, tokens_of
+from flylora.lab.study.workload import plan_study
+from flylora.lab.tasks import Task
 
 Save = Callable[..., Path]
 
@@ -22,26 +23,36 @@ def test_tokens(save: Save) -> None:
         "vowels": {"train": "vowels.yaml", "tokens": 10},
         "others": {"train": "mmlu:paper", "items": {"train": 50, "mmlu": 7}, "settings": {"epochs": 3, "steps": None}},
     }
-    tokens = tokens_of(*planned(StudyOptions(str(save(tasks=tasks)))))
+    tokens = plan_study(StudyOptions(str(save(tasks=tasks)))).amounts.tokens
     assert tokens["seed0/llama/lora/vowels/train"] == 2 * 2 * 10  # steps, items a step, tokens an item
     assert tokens["seed0/llama/lora/others/train"] == 3 * 50 * 128  # all items; as long as they may be
     assert tokens["seed0/llama/lora/vowels/eval-vowels"] == 3 * (10 + 2)  # the limit; two tokens are generated
     assert tokens["base/llama/others/eval-mmlu"] == 3 * (128 + 128)
 
 
-def test_the_pace_of_finished_cells_is_used(save: Save) -> None:
-    study, cells = planned(StudyOptions(str(save(seeds=[0, 1]))))
-    seconds = seconds_of(cells, tokens_of(study, cells), {"seed0/llama/fly/vowels/train": 50.0})
-    assert seconds["seed0/llama/fly/vowels/train"] == 50.0
-    assert seconds["seed1/llama/fly/vowels/train"] == 50.0
-    assert seconds["seed1/llama/lora/vowels/train"] is None  # no cell like it is done
+def test_the_pace_of_finished_cells_is_used(save: Save, put: Callable[..., None], tmp_path: Path) -> None:
+    put("seed0/llama/fly/vowels/train")
+    plan = plan_study(StudyOptions(str(save(seeds=[0, 1])), out=str(tmp_path / "run")))
+    seconds = plan.amounts.seconds
+    assert seconds["seed0/llama/fly/vowels/train"] == 1800.0
+    assert seconds["seed1/llama/fly/vowels/train"] == 1800.0
+    assert math.isnan(seconds["seed1/llama/lora/vowels/train"])  # no cell like it is done
     assert seconds["seed1/llama/fly/merge-average/merge"] == 0.0  # it reads no text
+
+
+def test_a_plan_sets_off_no_download(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "code.yaml").write_text("same_as: codealpaca\n")  # its data would come from the hub
+    monkeypatch.setattr(Task, "examples", lambda *_: pytest.fail("data were read"))
+    path = save(tasks={"code": {"train": "code.yaml"}, "choice": {"train": "mmlu:paper"}}, merges={})
+    tokens = plan_study(StudyOptions(str(path))).amounts.tokens
+    assert tokens["seed0/llama/fly/code/train"] > 0
+    assert tokens["seed0/llama/fly/code/eval-code"] > 0
 
 
 def test_a_plan_needs_no_model_and_runs_nothing(save: Save) -> None:
     options = StudyOptions(str(save(models={"absent": {"name": "no/such-model"}})), plan=True)
     plan = plan_study(options)
-    assert (len(plan.cells), plan.done) == (16, [])
+    assert (len(plan.cells), len(plan.left)) == (16, 16)
     assert not plan.folder.exists()
     with pytest.raises(UserError, match="call plan_study"):
         run_study(options)

@@ -62,3 +62,23 @@ def read_cell(run: Path, name: str) -> CellRecord | None:
         return read_record(cell_folder(run, name) / CELL_RECORD, CellRecord)
     except UserError:
         return None
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What became of a study.
+
+    Attributes:
+        study: At the size that was asked for.
+        folder: Of the run, with the tables in it.
+        records: Of the cells that were asked for, in their order.
+    """
+
+    study: Study
+    folder: Path
+    records: list[CellRecord]
+
+    @property
+    def failed(self) -> list[CellRecord]:
+        """Those that have no result."""
+        return [record for record in self.records if not record.done]

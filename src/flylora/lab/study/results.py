@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from scipy import stats
@@ -31,8 +31,7 @@ BASE_SEED = -1
 COUNTS = ("trainable_parameters", "active_parameters", "paper_percent")
 
 
-@dataclass(frozen=True, order=True)
-class Condition:
+class Condition(NamedTuple):
     """What is measured once a seed. Empty strings where a label means nothing: the base model has no method."""
 
     model: str
@@ -107,6 +106,7 @@ class Results:
 
 
 Measured = Mapping[Condition, Mapping[int, EvalRecord]]
+Values = dict[tuple[Condition, str], dict[int, float]]  # by condition and metric, then by seed
 
 
 def collect(study: Study, folder: Path) -> Results:
@@ -139,9 +139,11 @@ def collect(study: Study, folder: Path) -> Results:
             condition = Condition(model, method, merge, cell.task or "", cell.evaluation or "")
             measured[condition][BASE_SEED if cell.seed is None else cell.seed] = evaluation
             results.notes += [f"{cell.name}: {note}" for note in evaluation.notes]
-    figures = [*_measured_figures(measured), *_merge_figures(measured)]
-    results.figures = [dataclasses.replace(figure, paper=_paper(study, figure)) for figure in figures]
-    results.differences = list(_differences(study, results.figures, measured))
+    values = _values(measured)
+    results.figures = [
+        Figure(at, metric, by_seed, _paper(study, at, metric)) for (at, metric), by_seed in values.items()
+    ]
+    results.differences = list(_differences(study.baseline, values, measured))
     return results
 
 
@@ -154,63 +156,50 @@ def metrics(record: EvalRecord) -> dict[str, float]:
     return values | dict(sorted(rates.items(), key=lambda rate: int(rate[0][5:])))
 
 
-def _measured_figures(measured: Measured) -> Iterator[Figure]:
-    for condition, records in measured.items():
-        by_metric: dict[str, dict[int, float]] = defaultdict(dict)
+def _values(measured: Measured) -> Values:
+    """What was measured, then what merges kept of each task, and of all on average."""
+    values: Values = defaultdict(dict)
+    for at, records in measured.items():
         for seed, record in sorted(records.items()):
             for metric, value in metrics(record).items():
-                by_metric[metric][seed] = value
-        for metric, values in by_metric.items():
-            yield Figure(condition, metric, values)
-
-
-def _merge_figures(measured: Measured) -> Iterator[Figure]:
-    """What merges kept of each task, and of all on average."""
+                values[at, metric][seed] = value
     means: dict[Condition, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    tasks = {(condition.task, condition.evaluation) for condition in measured}
-    for condition, records in measured.items():
-        if not condition.merge:
-            continue
-        base = measured.get(dataclasses.replace(condition, method="", merge=""), {}).get(BASE_SEED)
-        singles = measured.get(dataclasses.replace(condition, merge=""), {})
-        shares, lost = {}, {}
+    for at, records in measured.items():
+        base = measured.get(at._replace(method="", merge=""), {}).get(BASE_SEED)
+        singles = measured.get(at._replace(merge=""), {})
         for seed, record in sorted(records.items()):
-            if seed not in singles or base is None:
+            if not at.merge or base is None or seed not in singles:
                 continue
             share = retention(*(losses_of_items(one.items) for one in (base, singles[seed], record)))
             if share is not None:
-                shares[seed] = share[0]
-                means[dataclasses.replace(condition, task="", evaluation="")][seed].append(share[0])
+                values[at, "retention"][seed] = share[0]
+                means[at._replace(task="", evaluation="")][seed].append(share[0])
+            before, after = metrics(singles[seed]), metrics(record)
             for metric in ("accuracy", "pass@1"):
-                before, after = metrics(singles[seed]).get(metric), metrics(record).get(metric)
-                if before is not None and after is not None:
-                    lost[seed] = before - after
-        for metric, values in (("retention", shares), ("points_lost", lost)):
-            if values:
-                yield Figure(condition, metric, values)
-    for condition, by_seed in means.items():
-        # A mean over some of the tasks would not be comparable with one over all.
-        whole = {seed: statistics.fmean(values) for seed, values in by_seed.items() if len(values) == len(tasks)}
-        if whole:
-            yield Figure(condition, "retention", whole)
+                if metric in before and metric in after:
+                    values[at, "points_lost"][seed] = before[metric] - after[metric]
+    # A mean over some of the tasks would not be comparable with one over all.
+    tasks = {(at.task, at.evaluation) for at in measured}
+    for at, by_seed in means.items():
+        for seed, shares in by_seed.items():
+            if len(shares) == len(tasks):
+                values[at, "retention"][seed] = statistics.fmean(shares)
+    return values
 
 
 # --- differences from the baseline -----------------------------------------------------------------------------------
 
 
-def _differences(study: Study, figures: Sequence[Figure], measured: Measured) -> Iterator[Figure]:
-    by_condition = {(figure.condition, figure.metric): figure.values for figure in figures}
-    baseline = study.baseline or ""
-    for figure in figures:
-        if not baseline or figure.condition.method in ("", baseline):
-            continue
-        against = dataclasses.replace(figure.condition, method=baseline)
-        other = by_condition.get((against, figure.metric), {})
-        values = {seed: value - other[seed] for seed, value in sorted(figure.values.items()) if seed in other}
-        if values:
-            ours, theirs = measured.get(figure.condition, {}), measured.get(against, {})
-            pairs = [(ours[seed], theirs[seed]) for seed in values if seed in ours and seed in theirs]
-            yield Figure(figure.condition, figure.metric, values, item_error=item_error(figure.metric, pairs))
+def _differences(baseline: str | None, values: Values, measured: Measured) -> Iterator[Figure]:
+    for (at, metric), by_seed in values.items():
+        against = at._replace(method=baseline or "")
+        other = values.get((against, metric), {})
+        both = [seed for seed in sorted(by_seed) if seed in other]
+        if baseline and both and at.method not in ("", baseline):
+            ours, theirs = measured.get(at, {}), measured.get(against, {})
+            pairs = [(ours[seed], theirs[seed]) for seed in both if seed in ours and seed in theirs]
+            differences = {seed: by_seed[seed] - other[seed] for seed in both}
+            yield Figure(at, metric, differences, item_error=item_error(metric, pairs))
 
 
 def item_error(metric: str, pairs: Sequence[tuple[EvalRecord, EvalRecord]]) -> float | None:
@@ -224,17 +213,16 @@ def item_error(metric: str, pairs: Sequence[tuple[EvalRecord, EvalRecord]]) -> f
     """
     if metric not in ("loss", "accuracy", "pass@1") or not pairs:
         return None
-    column = "loss" if metric == "loss" else "score"
     parts = []
     for pair in pairs:
-        ours, theirs = (pd.DataFrame(r.items, columns=["id", "loss", "loss_tokens", "score"]) for r in pair)
-        both = ours.merge(theirs, on="id", suffixes=("", "_base"))
-        values = both[[column, f"{column}_base"]].astype(float)
-        values = values.fillna(0.0) if column == "score" else values
-        both["weight"] = both.loss_tokens if metric == "loss" else 1.0
-        both["difference"] = (values[column] - values[f"{column}_base"]) * (both.weight if metric == "loss" else 100)
-        parts.append(both.dropna(subset="difference"))
-    items = pd.concat(parts).groupby("id").agg(weight=("weight", "last"), difference=("difference", "sum"))
+        columns = ["id", "loss", "loss_tokens", "score"]
+        ours, theirs = (pd.DataFrame(r.items, columns=columns).set_index("id").astype(float) for r in pair)
+        weight = ours.loss_tokens if metric == "loss" else 1.0
+        difference = 100 * (ours.score.fillna(0.0) - theirs.score.fillna(0.0))
+        if metric == "loss":
+            difference = (ours.loss - theirs.loss) * weight
+        parts.append(pd.DataFrame({"weight": weight, "difference": difference}).dropna())
+    items = pd.concat(parts).groupby("id").agg({"weight": "last", "difference": "sum"})
     n, total = len(items), float(items.weight.sum())
     if n < 2:
         return None
@@ -260,11 +248,10 @@ def verdict(difference: Figure) -> str:
 # --- a paper's figures -----------------------------------------------------------------------------------------------
 
 
-def _paper(study: Study, figure: Figure) -> float | None:
-    at = figure.condition
+def _paper(study: Study, at: Condition, metric: str) -> float | None:
     for stated in study.paper.figures if study.paper is not None else ():
         labels = (stated.model, stated.method, stated.merge or "", stated.metric)
-        if labels == (at.model, at.method, at.merge, figure.metric) and at.evaluation in stated.values:
+        if labels == (*at[:3], metric) and at.evaluation in stated.values:
             return stated.values[at.evaluation] if is_papers_setup(study, stated, at) else None
     return None
 

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -17,32 +16,12 @@ from flylora.errors import UserError
 from flylora.lab.study.cells import Cache, run_cell
 from flylora.lab.study.config import Study, StudyOptions
 from flylora.lab.study.plan import Cell, planned
-from flylora.lab.study.record import CellRecord, read_cell, run_folder
+from flylora.lab.study.record import CellRecord, StudyResult, read_cell, run_folder
 from flylora.lab.study.tables import write_tables
 from flylora.lab.training.interrupt import TrainingInterrupted
 from flylora.records import saving, write_text
 
 _SECONDS_BETWEEN_TABLES = 60.0  # there is something to look at while a study runs
-
-
-@dataclass(frozen=True)
-class StudyResult:
-    """What became of a study.
-
-    Attributes:
-        study: At the size that was asked for.
-        folder: Of the run, with the tables in it.
-        records: Of the cells that were asked for, in their order.
-    """
-
-    study: Study
-    folder: Path
-    records: list[CellRecord]
-
-    @property
-    def failed(self) -> list[CellRecord]:
-        """Those that have no result."""
-        return [record for record in self.records if not record.done]
 
 
 def run_study(options: StudyOptions, console: Console | None = None) -> StudyResult:

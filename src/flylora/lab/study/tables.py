@@ -1,16 +1,20 @@
-"""The figures of a study as tables: Markdown to read, CSV and JSON to go on with."""
+"""The figures of a study as tables: Markdown to read, CSV and JSON to go on with, the main ones on the terminal."""
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.console import Console
+from rich.text import Text
 
+from flylora.lab.show import figures as figures_table
 from flylora.lab.study.config import Study, task_label
+from flylora.lab.study.record import StudyResult
 from flylora.lab.study.results import BASE_SEED, COUNTS, Condition, Figure, Results, collect, verdict
 from flylora.records import write_text
 
@@ -21,27 +25,75 @@ _UNITS = {"loss": "nats per answer token", "retention": "share", "points_lost": 
 def write_tables(study: Study, folder: Path) -> Results:
     """Collects what is in a run folder and writes results.md, results.csv and results.json there."""
     results = collect(study, folder)
+    body = as_json(results)
+    lines = pd.DataFrame([*body["figures"], *body["differences"]], columns=None if results.figures else ["model"])
+    csv = lines.drop(columns="seeds", errors="ignore").to_csv(index=False, lineterminator="\n")
     write_text(folder / "results.md", markdown(results))
-    write_text(folder / "results.csv", as_csv(results))
-    write_text(folder / "results.json", json.dumps(as_json(results), indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "results.csv", csv)
+    write_text(folder / "results.json", json.dumps(body, indent=2, ensure_ascii=False) + "\n")
     return results
+
+
+def as_json(results: Results) -> dict[str, Any]:
+    """Everything, with the value of every seed."""
+    study = results.study
+    return {
+        "study": study.name,
+        "seeds": study.seeds,
+        "baseline": study.baseline,
+        "cells": {"all": results.cells, "failed": len(results.failed), "missing": len(results.missing)},
+        "seconds": results.seconds,
+        "learning_rates": [{"model": m, "method": name, **rate} for (m, name), rate in results.rates.items()],
+        "parameters": [{"model": m, "method": name, **counts} for (m, name), counts in results.parameters.items()],
+        "figures": [_plain(figure) for figure in results.figures],
+        "differences": [_plain(difference, study.baseline) for difference in results.differences],
+        "failed": [{"cell": record.name, "error": record.error} for record in results.failed],
+        "missing": results.missing,
+        "paper": None if study.paper is None else study.paper.source,
+    }
+
+
+def _plain(figure: Figure, baseline: str | None = None) -> dict[str, Any]:
+    """A figure, or a difference from the baseline, as JSON."""
+    low, high = figure.interval or (None, None)
+    compared = {
+        "baseline": baseline,
+        "interval_low": low,
+        "interval_high": high,
+        "item_standard_error": figure.item_error,
+    }
+    return {
+        **figure.condition._asdict(),
+        "metric": figure.metric,
+        "unit": _UNITS.get(figure.metric, "per cent"),
+        "n": figure.n,
+        "mean": figure.mean,
+        "standard_deviation": figure.deviation,
+        **({"paper": figure.paper} if baseline is None else compared),
+        "seeds": {"base" if seed == BASE_SEED else str(seed): value for seed, value in figure.values.items()},
+    }
 
 
 # --- Markdown --------------------------------------------------------------------------------------------------------
 
 
-def number(value: float, metric: str) -> str:
-    """A value to as many digits as its metric deserves."""
-    return f"{value:.3f}" if metric in ("loss", "retention") else f"{value:.2f}"
+def number(value: float, metric: str, digits: int = 2) -> str:
+    """A value to as many digits as its metric deserves; ``digits`` are those of per cent and points."""
+    return f"{value:.{3 if metric in ('loss', 'retention') else digits}f}"
+
+
+def with_spread(figure: Figure | None, digits: int = 2) -> str:
+    """Mean ± sample standard deviation; a dash for nothing."""
+    if figure is None:
+        return "–"
+    values = (figure.mean, *([] if figure.deviation is None else [figure.deviation]))
+    return " ± ".join(number(value, figure.metric, digits) for value in values)
 
 
 def shown(figure: Figure | None) -> str:
-    """Mean ± sample standard deviation, the paper's figure after it, if there is one; a dash for nothing."""
-    if figure is None:
-        return "–"
-    spread = "" if figure.deviation is None else f" ± {number(figure.deviation, figure.metric)}"
-    paper = "" if figure.paper is None else f" (paper: {figure.paper:g})"
-    return f"{number(figure.mean, figure.metric)}{spread}{paper}"
+    """The same with the paper's figure after it, if there is one."""
+    paper = "" if figure is None or figure.paper is None else f" (paper: {figure.paper:g})"
+    return with_spread(figure) + paper
 
 
 def markdown(results: Results) -> str:
@@ -69,10 +121,9 @@ def markdown(results: Results) -> str:
         said = "Figures in brackets are the paper's, shown where the setup is the same."
         none = "No figure of the paper is shown, because nothing was measured yet with the same setup."
         lines += [f"{said if compared else none} Source: {study.paper.source}.", ""]
-    if results.failed:
-        lines += ["## Failed", "", *(f"- {record.name}: {record.error}" for record in results.failed), ""]
-    if results.notes:
-        lines += ["## Notes", "", *(f"- {note}" for note in results.notes), ""]
+    failed = [f"{record.name}: {record.error}" for record in results.failed]
+    for title, notes in (("Failed", failed), ("Notes", results.notes)):
+        lines += [f"## {title}", "", *(f"- {note}" for note in notes), ""] if notes else []
     return "\n".join(lines)
 
 
@@ -85,69 +136,35 @@ def _section(title: str, text: str, rows: Sequence[dict[str, str]]) -> list[str]
 
 
 def _rates(results: Results, model: str) -> list[str]:
-    search = results.study.lr_search
+    search, rows = results.study.lr_search, []
     if search is None:
         return []
-    rows = []
     for method in results.study.methods:
         if (model, method) not in results.rates:
             continue
         chosen, tried = (results.rates[model, method][key] for key in ("lr", "tried"))
-        losses = [(one["lr"], one["validation_loss"]) for one in tried]
+        losses = {one["lr"]: one["validation_loss"] for one in tried}
         at_edge = len(tried) > 2 and chosen in (tried[0]["lr"], tried[-1]["lr"])
         rows.append(
             {
                 "method": method,
                 "validation loss by learning rate": ", ".join(
-                    f"{lr:g}: {'not finite' if loss is None else f'{loss:.3f}'}" for lr, loss in losses
+                    f"{lr:g}: {'not finite' if loss is None else f'{loss:.3f}'}" for lr, loss in losses.items()
                 ),
                 "chosen": f"{chosen:g}" + (" (at the edge of those tried)" if at_edge else ""),
             }
         )
-    limit = "all" if search.limit is None else str(search.limit)
     text = (
-        f"Chosen for each method by the validation loss on {search.task} ({limit} items) after {search.steps} steps "
-        f"with seed {search.seed}, and used for all tasks and seeds."
+        f"Chosen for each method by the validation loss on {search.task} ({search.limit or 'all'} items) after "
+        f"{search.steps} steps with seed {search.seed}, and used for all tasks and seeds."
     )
     return _section(f"{model}: learning rates", text, rows)
-
-
-def _figures_of(results: Results, at: Condition) -> dict[tuple[str, str, str], Figure | None]:
-    """The figures of a method or merge, by task, evaluation and metric: everything measured there, metric by metric."""
-    tasks = list(results.study.tasks)
-    ranks = {metric: rank for rank, metric in enumerate(_ORDER)}
-    columns = dict.fromkeys(
-        (f.condition.task, f.condition.evaluation, f.metric)
-        for f in results.figures
-        if f.condition.model == at.model and bool(f.condition.merge) == bool(at.merge) and f.condition.task
-    )
-    ordered = sorted(columns, key=lambda column: (ranks.get(column[2], len(ranks)), tasks.index(column[0])))
-    return {
-        (task, evaluation, metric): results.at(dataclasses.replace(at, task=task, evaluation=evaluation), metric)
-        for task, evaluation, metric in ordered
-    }
-
-
-def _by_heading(study: Study, figures: dict[tuple[str, str, str], Figure | None]) -> dict[str, str]:
-    return {_heading(study, *column): shown(figure) for column, figure in figures.items()}
-
-
-def _heading(study: Study, task: str, evaluation: str, metric: str) -> str:
-    if not task:
-        return f"mean {metric}"
-    own = evaluation in (task, task_label(study.tasks[task].train))
-    return f"{task}{'' if own else f' → {evaluation}'}: {metric.replace('_', ' ')}"
-
-
-def _counts(figures: Iterator[Figure | None]) -> str:
-    counts = sorted({figure.n for figure in figures if figure is not None})
-    return "–" if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
 
 
 def _singles(results: Results, model: str) -> list[str]:
     rows = []
     for method in ("", *results.study.methods):
-        figures = _figures_of(results, Condition(model, method))
+        figures = _by_heading(results, Condition(model, method))
         if any(figures.values()):
             trained, active, percent = (results.parameters.get((model, method), {}).get(name) for name in COUNTS)
             rows.append(
@@ -156,8 +173,8 @@ def _singles(results: Results, model: str) -> list[str]:
                     "trained parameters": "–" if trained is None else f"{trained:,}",
                     "active ones": "–" if active is None else f"{active:,}",
                     "Param%": "–" if percent is None else f"{percent:.2f}",
-                    "n": _counts(iter(figures.values())) if method else "–",
-                    **_by_heading(results.study, figures),
+                    "n": _seeds(figures.values()) if method else "–",
+                    **{heading: shown(figure) for heading, figure in figures.items()},
                 }
             )
     text = "Active parameters are those that act on one token; Param% is the paper's count of them, in per cent of all."
@@ -166,21 +183,21 @@ def _singles(results: Results, model: str) -> list[str]:
 
 def _merges(results: Results, model: str) -> list[str]:
     rows = []
-    for method in results.study.methods:
-        for merge in results.study.merges:
-            figures = _figures_of(results, Condition(model, method, merge))
-            if any(figures.values()):
-                routed = results.routed.get((model, method, merge))
-                rows.append(
-                    {
-                        "method": method,
-                        "merge": merge,
-                        "result": "–" if routed is None else "routed" if routed else "LoRA",
-                        "n": _counts(iter(figures.values())),
-                        "mean retention": shown(results.at(Condition(model, method, merge), "retention")),
-                        **_by_heading(results.study, figures),
-                    }
-                )
+    for method, merge in itertools.product(results.study.methods, results.study.merges):
+        at = Condition(model, method, merge)
+        figures = _by_heading(results, at)
+        if any(figures.values()):
+            kinds = {None: "–", True: "routed", False: "LoRA"}
+            rows.append(
+                {
+                    "method": method,
+                    "merge": merge,
+                    "result": kinds[results.routed.get((model, method, merge))],
+                    "n": _seeds(figures.values()),
+                    "mean retention": shown(results.at(at, "retention")),
+                    **{heading: shown(figure) for heading, figure in figures.items()},
+                }
+            )
     text = (
         "Retention is (base loss − merged loss) / (base loss − single adapter's loss); points lost are the single "
         "adapter's accuracy less the merged one's. A result that is a LoRA has no routing left: the updates of routed "
@@ -193,23 +210,20 @@ def _differences(results: Results, model: str, merged: bool) -> list[str]:
     study, rows = results.study, []
     for difference in results.differences:
         at, metric, error = difference.condition, difference.metric, difference.item_error
-        if at.model != model or bool(at.merge) != merged:
-            continue
-        interval = "–"
-        if difference.interval is not None:
-            interval = " to ".join(number(end, metric) for end in difference.interval)
-        rows.append(
-            {
-                "method": at.method,
-                **({"merge": at.merge} if merged else {}),
-                "figure": _heading(study, at.task, at.evaluation, metric),
-                "n": str(difference.n),
-                "difference": f"{'+' if difference.mean >= 0 else ''}{number(difference.mean, metric)}",
-                "95 % interval over seeds": interval,
-                "standard error over items": "–" if error is None else number(error, metric),
-                "verdict": verdict(difference),
-            }
-        )
+        if at.model == model and bool(at.merge) == merged:
+            ends = [number(end, metric) for end in difference.interval or ()]
+            rows.append(
+                {
+                    "method": at.method,
+                    **({"merge": at.merge} if merged else {}),
+                    "figure": _heading(study, at, metric),
+                    "n": str(difference.n),
+                    "difference": f"{'+' if difference.mean >= 0 else ''}{number(difference.mean, metric)}",
+                    "95 % interval over seeds": " to ".join(ends) or "–",
+                    "standard error over items": "–" if error is None else number(error, metric),
+                    "verdict": verdict(difference),
+                }
+            )
     text = (
         f"The method's figure less that of {study.baseline}, seed by seed; the interval is Student's t over seeds, and "
         "the standard error is over the items that both were measured on, seeds averaged. Better and worse need an "
@@ -219,59 +233,62 @@ def _differences(results: Results, model: str, merged: bool) -> list[str]:
     return _section(f"{model}: differences from {study.baseline}, {what}", text, rows)
 
 
-# --- CSV and JSON ----------------------------------------------------------------------------------------------------
+def _by_heading(results: Results, at: Condition) -> dict[str, Figure | None]:
+    """The figures of a method or merge by heading: everything measured of any method there, metric by metric."""
+    tasks = list(results.study.tasks)
+    measured = dict.fromkeys(
+        (at._replace(task=f.condition.task, evaluation=f.condition.evaluation), f.metric)
+        for f in results.figures
+        if f.condition.model == at.model and bool(f.condition.merge) == bool(at.merge) and f.condition.task
+    )
+    order = {metric: rank for rank, metric in enumerate(_ORDER)}
+    columns = sorted(measured, key=lambda column: (order.get(column[1], len(order)), tasks.index(column[0].task)))
+    return {_heading(results.study, one, metric): results.at(one, metric) for one, metric in columns}
 
 
-def _plain(figure: Figure, baseline: str | None = None) -> dict[str, Any]:
-    plain = {
-        **dataclasses.asdict(figure.condition),
-        "metric": figure.metric,
-        "unit": _UNITS.get(figure.metric, "per cent"),
-        "n": figure.n,
-        "mean": figure.mean,
-        "standard_deviation": figure.deviation,
-    }
-    if baseline is None:
-        return {**plain, "paper": figure.paper}
-    low, high = figure.interval or (None, None)
-    error = figure.item_error
-    return {
-        **plain,
-        "baseline": baseline,
-        "interval_low": low,
-        "interval_high": high,
-        "item_standard_error": error,
-    }
+def _heading(study: Study, at: Condition, metric: str) -> str:
+    if not at.task:
+        return f"mean {metric}"
+    own = at.evaluation in (at.task, task_label(study.tasks[at.task].train))
+    return f"{at.task}{'' if own else f' → {at.evaluation}'}: {metric.replace('_', ' ')}"
 
 
-def as_csv(results: Results) -> str:
-    """One line a figure and one a difference (those with a baseline)."""
-    rows = [_plain(figure) for figure in results.figures]
-    rows += [_plain(difference, results.study.baseline) for difference in results.differences]
-    text: str = pd.DataFrame(rows, columns=None if rows else ["model"]).to_csv(index=False, lineterminator="\n")
-    return text
+def _seeds(figures: Iterable[Figure | None]) -> str:
+    """How many seeds they have."""
+    counts = sorted({figure.n for figure in figures if figure is not None})
+    return "–" if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
 
 
-def as_json(results: Results) -> dict[str, Any]:
-    """Everything, with the value of every seed."""
+# --- on the terminal -------------------------------------------------------------------------------------------------
+
+
+def show_study(result: StudyResult, console: Console | None = None) -> None:
+    """Prints the figures of a study and where its tables are."""
+    console = console or Console()
+    results = collect(result.study, result.folder)
+    for model in result.study.models:
+        headings = ("method", "task", "adapter", "loss", "accuracy, %", "retention")
+        console.print(figures_table(model, headings, _rows(results, model), labels=3, ruled=False))
+    console.print(
+        Text(
+            "Means over seeds ± standard deviation; loss is per answer token. All tables, with differences from the "
+            f"baseline: results.md, results.csv and results.json in {result.folder}."
+        )
+    )
+    if result.failed:
+        text = f"{len(result.failed)} of {len(result.records)} cells failed; --retry-failed tries them again."
+        console.print(Text(text, style="red"))
+
+
+def _rows(results: Results, model: str) -> Iterator[list[str]]:
     study = results.study
-    return {
-        "study": study.name,
-        "seeds": study.seeds,
-        "baseline": study.baseline,
-        "cells": {"all": results.cells, "failed": len(results.failed), "missing": len(results.missing)},
-        "seconds": results.seconds,
-        "learning_rates": [{"model": m, "method": name, **rate} for (m, name), rate in results.rates.items()],
-        "parameters": [{"model": m, "method": name, **counts} for (m, name), counts in results.parameters.items()],
-        "figures": [{**_plain(figure), "seeds": _by_seed(figure)} for figure in results.figures],
-        "differences": [
-            {**_plain(difference, study.baseline), "seeds": _by_seed(difference)} for difference in results.differences
-        ],
-        "failed": [{"cell": record.name, "error": record.error} for record in results.failed],
-        "missing": results.missing,
-        "paper": None if study.paper is None else study.paper.source,
-    }
-
-
-def _by_seed(figure: Figure) -> dict[str, float]:
-    return {"base" if seed == BASE_SEED else str(seed): value for seed, value in figure.values.items()}
+    for method, task, merge in itertools.product(("", *study.methods), study.tasks, ("", *study.merges)):
+        evaluations = study.tasks[task].evaluations
+        for evaluation in evaluations:
+            at = Condition(model, method, merge, task, evaluation)
+            figures = [results.at(at, metric) for metric in ("loss", "accuracy", "retention")]
+            figures[1] = figures[1] or results.at(at, "pass@1")
+            if any(figures):
+                adapter = f"merged: {merge}" if merge else "own adapter" if method else "none"
+                label = task if len(evaluations) == 1 else evaluation
+                yield [method or "base model", label, adapter, *(with_spread(figure, 1) for figure in figures)]

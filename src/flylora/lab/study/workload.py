@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pandas as pd
+from rich.console import Console
+from rich.text import Text
 
 from flylora.errors import UserError
+from flylora.lab.show import figures
 from flylora.lab.study.config import Study, StudyOptions
 from flylora.lab.study.plan import Cell, planned
-from flylora.lab.study.record import CellRecord, read_cell, run_folder
+from flylora.lab.study.record import read_cell, run_folder
 from flylora.lab.tasks import load_task, published_task_names
 
 CHOICES = 4
 """Candidate answers of an item, each of which is read, where the data are not counted."""
 _MOST_ROWS = 31  # a plan is a page of 40 lines
+_NAMED_CELLS = 12
 
 
 @dataclass(frozen=True)
@@ -29,51 +35,34 @@ class StudyPlan:
         study: At the size that the options ask for.
         folder: Of the run.
         cells: In the order in which they run.
-        records: Of the cells that were tried before, by name.
-        tokens: What each cell reads and generates, padding left out; ``None`` if the data are not at hand and the study
-            does not state their number.
-        seconds: What each cell took, or takes at the pace of cells like it; ``None`` before one like it is done.
+        amounts: A row for each cell, by its name: step, method and task (or merge); done and failed, 0 or 1; tokens
+            that it reads and generates, padding left out, NaN if the data are not at hand and the study does not state
+            their number; seconds that it took, or takes at the pace of cells like it, NaN before one like it is done.
     """
 
     study: Study
     folder: Path
     cells: list[Cell]
-    records: dict[str, CellRecord]
-    tokens: dict[str, float | None]
-    seconds: dict[str, float | None]
+    amounts: pd.DataFrame
 
     @property
-    def done(self) -> list[Cell]:
-        """The cells that have a result."""
-        return [cell for cell in self.cells if cell.name in self.records and self.records[cell.name].done]
+    def left(self) -> pd.DataFrame:
+        """The rows of ``amounts`` of cells that have no result."""
+        return self.amounts[self.amounts.done == 0]
 
     def groups(self) -> pd.DataFrame:
         """One row for each step, method and task (or merge), by fewer of these where there are many.
 
         Columns: cells, done and failed are counts; tokens and seconds are what is left, NaN if any of it is unknown.
         """
-        done = {cell.name for cell in self.done}
-        rows = [
-            {
-                "step": _step(cell),
-                "method": cell.method or "",
-                "task": cell.merge or cell.task or "",
-                "cells": 1,
-                "done": int(cell.name in done),
-                "failed": int(cell.name in self.records and cell.name not in done),
-                "tokens": 0.0 if cell.name in done else self.tokens[cell.name],
-                "seconds": 0.0 if cell.name in done else self.seconds[cell.name],
-            }
-            for cell in self.cells
-        ]
-        frame = pd.DataFrame(rows).astype({"tokens": float, "seconds": float})
+        amounts = self.amounts.assign(cells=1)
+        amounts.loc[amounts.done == 1, ["tokens", "seconds"]] = 0.0
         for keys in (["step", "method", "task"], ["step", "method"], ["step"]):
-            groups = frame.groupby(keys, sort=False)
+            groups = amounts.groupby(keys, sort=False)
             if groups.ngroups <= _MOST_ROWS:
                 break
-        counts = groups[["cells", "done", "failed"]].sum()
-        amounts = groups[["tokens", "seconds"]].agg(lambda column: column.sum(skipna=False))
-        return counts.join(amounts).reset_index()
+        columns = groups[["cells", "done", "failed", "tokens", "seconds"]]
+        return columns.agg(lambda column: column.sum(skipna=False)).reset_index()
 
 
 def plan_study(options: StudyOptions) -> StudyPlan:
@@ -84,12 +73,30 @@ def plan_study(options: StudyOptions) -> StudyPlan:
     """
     study, cells = planned(options)
     folder = run_folder(study, options)
-    tried = {cell.name: read_cell(folder, cell.name) for cell in cells}
-    records = {name: record for name, record in tried.items() if record is not None}
-    tokens = tokens_of(study, cells)
-    # A training that was resumed took longer than its last part.
-    done = {name: max(r.seconds, r.result.get("seconds", 0.0)) for name, r in records.items() if r.done}
-    return StudyPlan(study, folder, cells, records, tokens, seconds_of(cells, tokens, done))
+    items = cache(partial(_items, study))
+    rows = []
+    for cell in cells:
+        record = read_cell(folder, cell.name)
+        done = record is not None and record.done
+        rows.append(
+            {
+                "name": cell.name,
+                "step": _step(cell),
+                "method": cell.method or "",
+                "task": cell.merge or cell.task or "",
+                "done": int(done),
+                "failed": int(record is not None and not done),
+                "tokens": _tokens(cell, list(study.tasks), items),
+                # A training that was resumed took longer than its last part.
+                "seconds": max(record.seconds, record.result.get("seconds", 0.0)) if record and done else math.nan,
+            }
+        )
+    amounts = pd.DataFrame(rows).set_index("name")
+    # Cells with the same of these take as long per token.
+    alike = [str((c.kind, c.model, c.kind != "eval" and c.method, c.task, c.evaluation)) for c in cells]
+    pace = (amounts.seconds / amounts.tokens).where(amounts.tokens > 0).groupby(alike).transform("mean")
+    estimate = (amounts.tokens * pace).mask(amounts.tokens == 0, 0.0)
+    return StudyPlan(study, folder, cells, amounts.assign(seconds=amounts.seconds.fillna(estimate)))
 
 
 def _step(cell: Cell) -> str:
@@ -100,72 +107,32 @@ def _step(cell: Cell) -> str:
     return "evaluate merge" if cell.merge else "evaluate" if cell.method else "evaluate base"
 
 
-def seconds_of(
-    cells: Sequence[Cell], tokens: Mapping[str, float | None], done: Mapping[str, float]
-) -> dict[str, float | None]:
-    """What each cell took, or takes at the mean pace of cells like it that are done."""
-    paces: dict[tuple[Any, ...], list[float]] = {}
-    for cell in cells:
-        amount = tokens[cell.name]
-        if cell.name in done and amount:
-            paces.setdefault(_like(cell), []).append(done[cell.name] / amount)
-    seconds: dict[str, float | None] = {}
-    for cell in cells:
-        amount, pace = tokens[cell.name], paces.get(_like(cell))
-        estimate = 0.0 if amount == 0 else amount * sum(pace) / len(pace) if amount and pace else None
-        seconds[cell.name] = done.get(cell.name, estimate)
-    return seconds
-
-
-def _like(cell: Cell) -> tuple[Any, ...]:
-    """Cells with the same of these take as long per token."""
-    return cell.kind, cell.model, cell.method if cell.kind != "eval" else None, cell.task, cell.evaluation
-
-
-# --- tokens ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Items:
+class _Items(NamedTuple):
     """The items of one split of a task: how many, tokens of one, how often each is read, tokens generated for it."""
 
-    number: float | None = None
-    tokens: float | None = None
+    number: int | None
+    tokens: float | None
     readings: int = 1
     generated: int = 0
 
 
-def tokens_of(study: Study, cells: Sequence[Cell]) -> dict[str, float | None]:
-    """Tokens that each cell reads and generates; ``None`` where that is not known."""
-    items = cache(lambda task, evaluation: _items(study, task, evaluation))
-    return {cell.name: _tokens(cell, items, list(study.tasks)) for cell in cells}
-
-
-def _tokens(cell: Cell, items_of: Callable[[str, str | None], _Items], tasks: list[str]) -> float | None:
+def _tokens(cell: Cell, tasks: list[str], items_of: Callable[[str, str | None], _Items]) -> float:
     config = cell.config
-    if cell.kind == "choose":
+    if cell.kind == "choose" or (cell.kind == "merge" and not config["calibrate"]):
         return 0.0
     if cell.kind == "merge":
-        texts = config["texts"] * config["rounds"] if config["calibrate"] else 0
-        lengths = [items_of(task, None).tokens for task in tasks]
-        return None if texts and None in lengths else texts * sum(length or 0.0 for length in lengths)
-    assert cell.task is not None
+        return float(config["texts"] * config["rounds"] * sum(_least(items_of(task, None).tokens) for task in tasks))
+    items = items_of(cell.task or "", cell.evaluation)
     if cell.kind == "train":
-        items = items_of(cell.task, None)
-        length, number = _least(items.tokens, config["max_length"]), _least(items.number, config["train_limit"])
-        if length is None:
-            return None
+        number = (config["epochs"] or 1.0) * _least(items.number, config["train_limit"])
         if config["steps"] is not None:
-            return float(config["steps"] * config["batch_size"] * length)
-        return None if number is None else (config["epochs"] or 1.0) * number * length
-    items = items_of(cell.task, cell.evaluation)
-    number = _least(items.number, config["limit"])
-    if number is None or items.tokens is None:
-        return None
+            number = config["steps"] * config["batch_size"]
+        return number * _least(items.tokens, config["max_length"])
+    number, length = _least(items.number, config["limit"]), _least(items.tokens)
     if config["loss_only"]:
-        return number * items.tokens
+        return number * length
     generated = items.generated and (config["max_new_tokens"] or items.generated)
-    return number * (items.tokens * items.readings + generated * config["samples"])
+    return number * (length * items.readings + generated * config["samples"])
 
 
 def _items(study: Study, label: str, evaluation: str | None) -> _Items:
@@ -174,21 +141,69 @@ def _items(study: Study, label: str, evaluation: str | None) -> _Items:
     number = spec.items.get(evaluation or "train")
     name = spec.train if evaluation is None else spec.evaluations[evaluation]
     data_dir = spec.data_dir or study.data_dir
-    readings, generated = 1, 0
     try:
         task = load_task(name, data_dir)
-        if evaluation is not None:
-            readings = CHOICES if task.kind == "choice" else 1
-            generated = task.max_new_tokens if task.kind in ("generate", "code") else 0
-        # Without a folder published data would come from the hub, and a plan must not set off a download.
-        if number is None and (data_dir is not None or name not in published_task_names()):
-            model = next(iter(study.models))
-            split = "train" if evaluation is None else study.eval_config(model, label, evaluation).split
-            number = len(task.examples(split))
-        return _Items(number, spec.tokens or task.max_length, readings, generated)
     except UserError:
-        return _Items(number, spec.tokens, readings, generated)
+        return _Items(number, spec.tokens)
+    # Without a folder published data would come from the hub, and a plan must not set off a download.
+    if number is None and (data_dir is not None or task.name not in published_task_names()):
+        model = next(iter(study.models))
+        split = "train" if evaluation is None else study.eval_config(model, label, evaluation).split
+        with suppress(UserError):
+            number = len(task.examples(split))
+    readings = CHOICES if evaluation is not None and task.kind == "choice" else 1
+    generated = task.max_new_tokens if evaluation is not None and task.kind in ("generate", "code") else 0
+    return _Items(number, spec.tokens or task.max_length, readings, generated)
 
 
-def _least(value: float | None, limit: float | None) -> float | None:
-    return value if limit is None else limit if value is None else min(value, limit)
+def _least(*values: float | None) -> float:
+    return min((value for value in values if value is not None), default=math.nan)
+
+
+# --- on the terminal -------------------------------------------------------------------------------------------------
+
+
+def show_plan(plan: StudyPlan, console: Console | None = None) -> None:
+    """Prints how much there is to do in a study: one page, whatever its size."""
+    console = console or Console()
+    groups, left = plan.groups(), plan.left
+    timed = bool(left.seconds.sum())
+    labels = [name for name in ("step", "method", "task") if name in groups and groups[name].any()]
+    counts = ["cells", "done", *(["failed"] if groups.failed.any() else [])]
+    rows = []
+    for row in groups.to_dict("records"):
+        amounts = [_count(row["tokens"]), _duration(row["seconds"])] if row["cells"] > row["done"] else ["–", "–"]
+        rows.append([*(row[name] for name in [*labels, *counts]), *amounts[: 1 + timed]])
+    headings = [*labels, *counts, "tokens left", *(["time left"] if timed else [])]
+    unknown, untimed = left.tokens.isna().sum(), left.seconds.isna().sum()
+    text = f"{len(plan.cells)} cells, {len(plan.cells) - len(left)} done; {_count(left.tokens.sum())} tokens left"
+    text += f" and {unknown} cells of unknown size." if unknown else "."
+    if timed:
+        text += f" About {_duration(left.seconds.sum())} left, at the pace of cells of the same kind that are done"
+        text += f", without {untimed} cells for which no similar cell is done." if untimed else "."
+    elif len(left):
+        text += " Time is known once cells like these are done."
+    console.print(figures(None, headings, rows, len(labels), ruled=False), Text(text), sep="\n")
+    console.print(Text(f"Run folder: {plan.folder}. --only PATTERN runs some cells by their names, such as"))
+    for cell in plan.cells if len(plan.cells) <= _NAMED_CELLS else [plan.cells[0], plan.cells[-1]]:
+        console.print(Text(f"  {cell.name}"), overflow="fold")
+
+
+_COUNTS = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
+_TIMES = {"days": 86400.0, "h": 3600.0, "min": 60.0}
+
+
+def _count(value: float) -> str:
+    return _with_unit(value, _COUNTS, ".3g", "")
+
+
+def _duration(seconds: float) -> str:
+    return _with_unit(seconds, _TIMES, ".1f", " s")
+
+
+def _with_unit(value: float, units: dict[str, float], digits: str, smallest: str) -> str:
+    """A number with a unit, such as 1.2 M or 1.5 h."""
+    if math.isnan(value):
+        return "unknown"
+    unit = next((unit for unit, size in units.items() if value >= size), None)
+    return f"{value:.0f}{smallest}" if unit is None else f"{value / units[unit]:{digits}} {unit}"
