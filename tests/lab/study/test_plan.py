@@ -9,7 +9,8 @@ import pytest
 
 from flylora.errors import UserError
 from flylora.lab.study import StudyOptions, load_study
-from flylora.lab.study.plan import Cell, plan, planned, select
+from flylora.lab.study.plan import Cell, plan, select
+from flylora.lab.study.study_file import planned
 from flylora.lab.study.workload import plan_study
 
 Save = Callable[..., Path]

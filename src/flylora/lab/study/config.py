@@ -130,10 +130,6 @@ class LrSearch:
     methods: dict[str, list[float]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def candidates(self, method: str) -> list[float]:
-        """The rates to try for the method of this label."""
-        return self.methods.get(method, self.rates)
-
 
 @options
 @dataclass(frozen=True)
@@ -232,9 +228,9 @@ class Study:
             settings |= layer
         return settings
 
-    def has_own_lr(self, model: str, method: str, task: str) -> bool:
-        """Whether something more particular than the study as a whole sets the learning rate of a cell."""
-        return any("lr" in layer for layer in self._own_settings(model, method, task))
+    def is_searched(self, model: str, method: str, task: str) -> bool:
+        """Whether the search chooses a cell's learning rate: nothing more particular than the whole study sets it."""
+        return self.lr_search is not None and not any("lr" in s for s in self._own_settings(model, method, task))
 
     def _own_settings(self, model: str, method: str, task: str) -> list[dict[str, Any]]:
         spec = self.methods[method]

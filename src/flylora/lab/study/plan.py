@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Literal
 
 from flylora.errors import UserError
-from flylora.lab.study.config import Study, StudyOptions
-from flylora.lab.study.study_file import load_study, narrowed
+from flylora.lab.study.config import Study
 
 CellKind = Literal["train", "choose", "eval", "merge"]
 
@@ -52,34 +52,28 @@ def plan(study: Study) -> list[Cell]:
 
     Base models come first, then the search for learning rates, then seed after seed, so that a study that is stopped
     early has whole tables for the seeds it got to.
-    """
-    cells = [cell for model in study.models for cell in _base(study, model)]
-    cells += [cell for model in study.models for method in study.methods for cell in _search(study, model, method)]
-    for seed in study.seeds:
-        for model in study.models:
-            for method in study.methods:
-                cells += _singles(study, model, method, seed)
-            for method in study.methods:
-                cells += _merges(study, model, method, seed)
-    return cells
-
-
-def planned(options: StudyOptions) -> tuple[Study, list[Cell]]:
-    """The study that the options ask for and those of its cells they select.
 
     Raises:
-        UserError: The file or the options are not what they should be, or no cell matches ``only``.
+        UserError: Settings of the study do not fit the training, evaluation or merge that they are for.
     """
-    study = narrowed(load_study(options.study), options)
-    cells = plan(study)
-    return study, cells if options.only is None else select(cells, options.only)
+    cells: list[Cell] = []
+    for model in study.models:
+        cells += _evaluations(study, study.tasks, f"base/{model}/%s/eval-%s", model=model)
+    for model, method in product(study.models, study.methods):
+        cells += _search(study, model, method)
+    for seed, model in product(study.seeds, study.models):
+        for method in study.methods:
+            cells += _singles(study, model, method, seed)
+        for method in study.methods:
+            cells += _merges(study, model, method, seed)
+    return cells
 
 
 def select(cells: Sequence[Cell], pattern: str) -> list[Cell]:
     """The cells whose name matches a pattern, and all that they need, in the order given."""
     by_name = {cell.name: cell for cell in cells}
     wanted: set[str] = set()
-    waiting = [name for name in by_name if fnmatch.fnmatchcase(name, pattern)]
+    waiting = fnmatch.filter(by_name, pattern)
     if not waiting:
         raise UserError(f"No cell matches '{pattern}': names look like '{cells[-1].name}', and * stands for any text.")
     while waiting:
@@ -90,21 +84,29 @@ def select(cells: Sequence[Cell], pattern: str) -> list[Cell]:
     return [cell for cell in cells if cell.name in wanted]
 
 
-def _base(study: Study, model: str) -> Iterator[Cell]:
-    for task, evaluation in _evaluations(study):
-        config = dataclasses.asdict(study.eval_config(model, task, evaluation))
-        name = f"base/{model}/{task}/eval-{evaluation}"
-        yield Cell(name, "eval", config, model=model, task=task, evaluation=evaluation)
+def _cell(name: str, kind: CellKind, config: Any, needs: Iterable[str] = (), **labels: Any) -> Cell:
+    return Cell(name, kind, dataclasses.asdict(config), tuple(needs), **labels)
+
+
+def _evaluations(
+    study: Study, tasks: Iterable[str], name: str, needs: Iterable[str] = (), **labels: Any
+) -> Iterator[Cell]:
+    """The evaluations of one model on some tasks; ``name`` has gaps for the labels of task and evaluation."""
+    for task in tasks:
+        for evaluation in study.tasks[task].evaluations:
+            config = study.eval_config(labels["model"], task, evaluation, labels.get("merge"))
+            labels |= {"task": task, "evaluation": evaluation}
+            yield _cell(name % (task, evaluation), "eval", config, needs, **labels)
 
 
 def _search(study: Study, model: str, method: str) -> Iterator[Cell]:
     search = study.lr_search
-    if search is None or all(study.has_own_lr(model, method, task) for task in study.tasks):
+    if search is None or not any(study.is_searched(model, method, task) for task in study.tasks):
         return
     labels: dict[str, Any] = {"model": model, "method": method, "task": search.task, "trial": True}
     training = study.train_config(model, method, search.task, search.seed)
     evaluations = []
-    for rate in search.candidates(method):
+    for rate in search.methods.get(method, search.rates):
         name = f"lr/{model}/{method}/{rate:g}"
         changes = {
             **search.settings,
@@ -114,11 +116,10 @@ def _search(study: Study, model: str, method: str) -> Iterator[Cell]:
             "eval_steps": search.steps,  # once, at the end, for the run's own record: of items short enough to train on
             "eval_limit": search.limit,
         }
-        config = dataclasses.asdict(dataclasses.replace(training, **changes))
-        yield Cell(name, "train", config, seed=search.seed, **labels)
-        config = dataclasses.asdict(study.trial_eval_config(model))
-        yield Cell(f"{name}/validation", "eval", config, (name,), seed=search.seed, **labels)
+        config = dataclasses.replace(training, **changes)
+        yield _cell(name, "train", config, seed=search.seed, **labels)
         evaluations.append(f"{name}/validation")
+        yield _cell(evaluations[-1], "eval", study.trial_eval_config(model), [name], seed=search.seed, **labels)
     yield Cell(_choice(model, method), "choose", {}, tuple(evaluations), **labels)
 
 
@@ -127,34 +128,20 @@ def _choice(model: str, method: str) -> str:
 
 
 def _singles(study: Study, model: str, method: str, seed: int) -> Iterator[Cell]:
-    for task, spec in study.tasks.items():
+    labels: dict[str, Any] = {"model": model, "method": method, "seed": seed}
+    for task in study.tasks:
         folder = f"seed{seed}/{model}/{method}/{task}"
-        labels: dict[str, Any] = {"model": model, "method": method, "task": task, "seed": seed}
-        searched = study.lr_search is not None and not study.has_own_lr(model, method, task)
-        config = dataclasses.asdict(study.train_config(model, method, task, seed))
-        yield Cell(f"{folder}/train", "train", config, (_choice(model, method),) if searched else (), **labels)
-        for evaluation in spec.evaluations:
-            config = dataclasses.asdict(study.eval_config(model, task, evaluation))
-            name = f"{folder}/eval-{evaluation}"
-            yield Cell(name, "eval", config, (f"{folder}/train",), evaluation=evaluation, **labels)
+        config = study.train_config(model, method, task, seed)
+        needs = [_choice(model, method)] if study.is_searched(model, method, task) else []
+        yield _cell(f"{folder}/train", "train", config, needs, task=task, **labels)
+        yield from _evaluations(study, [task], f"seed{seed}/{model}/{method}/%s/eval-%s", [f"{folder}/train"], **labels)
 
 
 def _merges(study: Study, model: str, method: str, seed: int) -> Iterator[Cell]:
+    folder = f"seed{seed}/{model}/{method}"
     for label, spec in study.merges.items():
-        if spec.methods is not None and method not in spec.methods:
-            continue
-        folder = f"seed{seed}/{model}/{method}/merge-{label}"
-        labels: dict[str, Any] = {"model": model, "method": method, "merge": label, "seed": seed}
-        adapters = tuple(f"seed{seed}/{model}/{method}/{task}/train" for task in study.tasks)
-        config = dataclasses.asdict(study.merge_config(model, label, seed))
-        yield Cell(f"{folder}/merge", "merge", config, adapters, **labels)
-        for task, evaluation in _evaluations(study):
-            config = dataclasses.asdict(study.eval_config(model, task, evaluation, label))
-            name = f"{folder}/eval-{task}-{evaluation}"
-            yield Cell(name, "eval", config, (f"{folder}/merge",), task=task, evaluation=evaluation, **labels)
-
-
-def _evaluations(study: Study) -> Iterator[tuple[str, str]]:
-    for task, spec in study.tasks.items():
-        for evaluation in spec.evaluations:
-            yield task, evaluation
+        if spec.methods is None or method in spec.methods:
+            labels: dict[str, Any] = {"model": model, "method": method, "merge": label, "seed": seed}
+            merge, adapters = f"{folder}/merge-{label}/merge", [f"{folder}/{task}/train" for task in study.tasks]
+            yield _cell(merge, "merge", study.merge_config(model, label, seed), adapters, **labels)
+            yield from _evaluations(study, study.tasks, f"{folder}/merge-{label}/eval-%s-%s", [merge], **labels)

@@ -12,6 +12,7 @@ from typing import Any
 
 from flylora.errors import UserError
 from flylora.lab.study.config import ModelSpec, Override, Study, StudyOptions, TaskSpec
+from flylora.lab.study.plan import Cell, plan, select
 from flylora.options import from_mapping, read_yaml
 
 # What the cells of a study set themselves.
@@ -46,6 +47,17 @@ def load_study(path: str | Path) -> Study:
         text = str(error)
         raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error
     return study
+
+
+def planned(options: StudyOptions) -> tuple[Study, list[Cell]]:
+    """The study that the options ask for and those of its cells they select.
+
+    Raises:
+        UserError: The file or the options are not what they should be, or no cell matches ``only``.
+    """
+    study = narrowed(load_study(options.study), options)
+    cells = plan(study)
+    return study, cells if options.only is None else select(cells, options.only)
 
 
 def narrowed(study: Study, options: StudyOptions) -> Study:
@@ -188,9 +200,23 @@ def check(study: Study) -> None:
         _check_labels("overrides", "models", [override.model], study.models)
         _check_labels("overrides", "methods", [override.method], study.methods)
         _check_labels("overrides", "tasks", [override.task], study.tasks)
-    _check_search(study)
-    _check_paper(study)
-    _check_configs(study)
+    search = study.lr_search
+    if search is not None:
+        _check_labels("lr_search", "tasks", [search.task], study.tasks)
+        _check_labels("lr_search", "methods", search.methods, study.methods)
+        _check_settings("lr_search", search.settings, _NOT_TRAIN)
+        for rates in (search.rates, *search.methods.values()):
+            if not rates or len(set(rates)) < len(rates) or not all(math.isfinite(rate) and rate > 0 for rate in rates):
+                raise UserError(f"lr_search has the rates {rates}, but needs different numbers above 0, at least one.")
+    evaluations = sorted({label for task in study.tasks.values() for label in task.evaluations})
+    for figures in study.paper.figures if study.paper is not None else ():
+        _check_labels("paper", "models", [figures.model], study.models)
+        _check_labels("paper", "methods", [figures.method], study.methods)
+        _check_labels("paper", "merges", [figures.merge], study.merges)
+        _check_labels("paper", "evaluations", figures.values, evaluations)
+        if figures.metric == "points_lost" and figures.merge is None:
+            raise UserError("paper has points_lost without a merge, but it is merging that loses them: name the merge.")
+    plan(study)  # makes every config, which checks its values
 
 
 def _check_seeds(seeds: Iterable[int]) -> None:
@@ -209,43 +235,3 @@ def _check_labels(what: str, kind: str, labels: Iterable[str | None], known: Ite
     for label in labels:
         if label is not None and label not in known:
             raise UserError(f"{what} names '{label}', which is not among the {kind}: choose from {', '.join(known)}.")
-
-
-def _check_search(study: Study) -> None:
-    search = study.lr_search
-    if search is None:
-        return
-    _check_labels("lr_search", "tasks", [search.task], study.tasks)
-    _check_labels("lr_search", "methods", search.methods, study.methods)
-    _check_settings("lr_search", search.settings, _NOT_TRAIN)
-    for rates in (search.rates, *search.methods.values()):
-        if not rates or len(set(rates)) < len(rates) or not all(math.isfinite(rate) and rate > 0 for rate in rates):
-            raise UserError(f"lr_search has the rates {rates}, but needs different numbers above 0, at least one.")
-
-
-def _check_paper(study: Study) -> None:
-    evaluations = sorted({label for task in study.tasks.values() for label in task.evaluations})
-    for figures in study.paper.figures if study.paper is not None else ():
-        _check_labels("paper", "models", [figures.model], study.models)
-        _check_labels("paper", "methods", [figures.method], study.methods)
-        _check_labels("paper", "merges", [figures.merge], study.merges)
-        _check_labels("paper", "evaluations", figures.values, evaluations)
-        if figures.metric == "points_lost" and figures.merge is None:
-            raise UserError("paper has points_lost without a merge, but it is merging that loses them: name the merge.")
-
-
-def _check_configs(study: Study) -> None:
-    """Makes every config once, which checks its values."""
-    model, method, seed = next(iter(study.models)), next(iter(study.methods)), study.seeds[0]
-    some_task = next(iter(study.tasks))
-    for label in study.methods:
-        study.train_config(model, label, some_task, seed)
-    for override in study.overrides:
-        study.train_config(override.model or model, override.method or method, override.task or some_task, seed)
-    for label in study.merges:
-        study.merge_config(model, label, seed)
-    for label, task in study.tasks.items():
-        study.train_config(model, method, label, seed)
-        for evaluation in task.evaluations:
-            for merge in (None, *study.merges):
-                study.eval_config(model, label, evaluation, merge)
