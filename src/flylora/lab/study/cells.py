@@ -12,9 +12,9 @@ import logging
 import shutil
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,17 @@ import torch
 
 from flylora.errors import UserError
 from flylora.lab.evaluation import EvalConfig, evaluate
+from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.merging import MergeConfig, merge_adapters
-from flylora.lab.study.plan import Cell
+from flylora.lab.study.plan import Cell, CellKind
 from flylora.lab.study.record import ADAPTER, CELL_RECORD, EVAL_RECORD, CellRecord, cell_folder, read_cell
 from flylora.lab.tasks import load_task
 from flylora.lab.training.config import TrainConfig
 from flylora.lab.training.fit import fit as train
 from flylora.lab.training.record import RECORD_NAME, TrainRecord
+from flylora.merging.record import MergeRecord
 from flylora.models import LoadedModel, first_line, load_model, resolve_model
 from flylora.records import (
-    Record,
     adapter_fingerprint,
     file_sha256,
     is_disk_full,
@@ -134,20 +135,23 @@ def run_cell(cell: Cell, run: Path, shared: Cache | None = None, *, retry_failed
     shared = shared or Cache()
     folder = cell_folder(run, cell.name)
     started, timer = now(), time.monotonic()
-    work = _Work(cell, run, shared)
     config, inputs, result = cell.config, {}, {}
     error = because_of = None
     try:
-        because_of = work.broken_need()
+        needs = _needed(cell, run)
+        because_of = next((record.because_of or record.name for record in needs if not record.done), None)
         if because_of is not None:
             raise UserError(f"It needs {because_of}, which failed.")
-        config, inputs = work.config(), work.inputs()
+        if cell.kind == "train" and needs:  # a choice of the learning rate
+            config = {**config, "lr": needs[-1].result["lr"]}
+        inputs = _inputs(cell, needs, shared)
         earlier = read_cell(run, cell.name)
-        if earlier is not None and work.is_settled(earlier, config, inputs, retry_failed):
+        if earlier is not None and _is_settled(cell, folder, earlier, config, inputs, retry_failed):
             return earlier
         for name in (CELL_RECORD, TRACEBACK):
             (folder / name).unlink(missing_ok=True)
-        result = work.run(dict(config))
+        adapters = [str(cell_folder(run, name) / ADAPTER) for name in cell.needs]
+        result = _choose(needs) if cell.kind == "choose" else _work(cell.kind, folder, config, adapters, shared)
     except Exception as problem:
         if because_of is None:
             shared.drop_model()  # an error may leave it changed
@@ -155,11 +159,8 @@ def run_cell(cell: Cell, run: Path, shared: Cache | None = None, *, retry_failed
         if not isinstance(problem, UserError):
             error = f"It stopped with {type(problem).__name__}: {first_line(problem)} (the traceback is in its folder)."
             write_text(folder / TRACEBACK, traceback.format_exc())
-    origin = provenance(
-        seeds={} if cell.seed is None else {"seed": cell.seed},
-        data_sha256={},
-        model_sha256=result.get("model_sha256", ""),
-    )
+    seeds = {} if cell.seed is None else {"seed": cell.seed}
+    origin = provenance(seeds=seeds, data_sha256={}, model_sha256=result.get("model_sha256", ""))
     record = CellRecord(
         status="complete",
         provenance=dataclasses.replace(origin, started=started, finished=now()),
@@ -177,114 +178,92 @@ def run_cell(cell: Cell, run: Path, shared: Cache | None = None, *, retry_failed
     return record
 
 
+def _needed(cell: Cell, run: Path) -> list[CellRecord]:
+    """The records of the cells that this one needs."""
+    records = []
+    for name in cell.needs:
+        record = read_cell(run, name)
+        if record is None:
+            raise UserError(f"It needs {name}, which has not run: run that first.")
+        records.append(record)
+    return records
+
+
+def _inputs(cell: Cell, needs: Sequence[CellRecord], shared: Cache) -> dict[str, Any]:
+    """What stands for the weights, data and adapters that the cell reads."""
+    config = cell.config
+    inputs: dict[str, Any] = {} if cell.kind == "choose" else {"model": shared.weights(config["model"])}
+    if cell.kind == "train":
+        splits = ("train", "validation") if config["eval_steps"] else ("train",)
+        inputs["task"] = shared.task(config["task"], config["data_dir"], *splits)
+    elif cell.kind == "eval":
+        inputs["task"] = shared.task(config["task"], config["data_dir"], config["split"])
+    elif cell.kind == "merge":
+        inputs["texts"] = [shared.task(name, config["data_dir"], "train") for name in config["calibrate"]]
+    keys = ("loss",) if cell.kind == "choose" else ("adapter_fingerprint", "lr")
+    if needs:
+        inputs["needs"] = [{key: record.result.get(key) for key in keys} for record in needs]
+    return _as_recorded(inputs)
+
+
+def _is_settled(
+    cell: Cell, folder: Path, earlier: CellRecord, config: dict[str, Any], inputs: dict[str, Any], retry_failed: bool
+) -> bool:
+    """Whether an earlier record is this cell's, and its result is still there or it is not to be tried again."""
+    if earlier.because_of is not None or earlier.inputs != inputs:
+        return False
+    if not earlier.done:
+        # A failure may be due to anything, so anything that is different now is a reason to try again.
+        return not retry_failed and earlier.config == _as_recorded(_without_folders(config))
+    if not same_settings(earlier.config, config, _CONFIGS.get(cell.kind)):
+        return False
+    if cell.kind in ("train", "merge"):
+        with suppress(UserError):
+            return adapter_fingerprint(folder / ADAPTER) == earlier.result["adapter_fingerprint"]
+        return False
+    return cell.kind != "eval" or (folder / EVAL_RECORD).is_file()
+
+
 def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
     """A config as it is recorded: readable on other machines."""
     return {name: value for name, value in config.items() if name not in _FOLDERS}
 
 
-@dataclass
-class _Work:
-    """One cell where it runs."""
+# --- the work --------------------------------------------------------------------------------------------------------
 
-    cell: Cell
-    run_folder: Path
-    shared: Cache
 
-    def needed(self) -> list[CellRecord]:
-        """The records of the cells that this one needs."""
-        records = [read_cell(self.run_folder, name) for name in self.cell.needs]
-        for name, record in zip(self.cell.needs, records, strict=True):
-            if record is None:
-                raise UserError(f"It needs {name}, which has not run: run that first.")
-        return [record for record in records if record is not None]
+def _choose(trials: Sequence[CellRecord]) -> dict[str, Any]:
+    """The learning rate with the least validation loss."""
+    losses = {record.inputs["needs"][0]["lr"]: record.result["loss"] for record in trials}
+    finite = {lr: loss for lr, loss in losses.items() if loss is not None}
+    if not finite:
+        raise UserError("The loss was not a finite number at any of the learning rates: try smaller ones.")
+    tried = [{"lr": lr, "validation_loss": losses[lr]} for lr in sorted(losses)]
+    return {"lr": min(finite, key=finite.__getitem__), "tried": tried}
 
-    def broken_need(self) -> str | None:
-        """The first cell this one needs that has no result, traced back to the one that failed itself."""
-        return next((record.because_of or record.name for record in self.needed() if not record.done), None)
 
-    def config(self) -> dict[str, Any]:
-        """The cell's config with everything known that decides its result."""
-        chosen = [record.result["lr"] for record in self.needed()] if self.cell.kind == "train" else []
-        return {**self.cell.config, **({"lr": chosen[-1]} if chosen else {})}
-
-    def inputs(self) -> dict[str, Any]:
-        """What stands for the weights, data and adapters that the cell reads."""
-        config, kind = self.cell.config, self.cell.kind
-        inputs: dict[str, Any] = {} if kind == "choose" else {"model": self.shared.weights(config["model"])}
-        if kind == "train":
-            splits = ("train", "validation") if config["eval_steps"] else ("train",)
-            inputs["task"] = self.shared.task(config["task"], config["data_dir"], *splits)
-        elif kind == "eval":
-            inputs["task"] = self.shared.task(config["task"], config["data_dir"], config["split"])
-        elif kind == "merge":
-            inputs["texts"] = [self.shared.task(name, config["data_dir"], "train") for name in config["calibrate"]]
-        keys = ("loss",) if kind == "choose" else ("adapter_fingerprint", "lr")
-        if self.cell.needs:
-            inputs["needs"] = [{key: record.result.get(key) for key in keys} for record in self.needed()]
-        return _as_recorded(inputs)
-
-    def is_settled(
-        self, earlier: CellRecord, config: dict[str, Any], inputs: dict[str, Any], retry_failed: bool
-    ) -> bool:
-        """Whether an earlier record is this cell's, and its result is still there or it is not to be tried again."""
-        if earlier.because_of is not None or earlier.inputs != inputs:
-            return False
-        if not earlier.done:
-            # A failure may be due to anything, so anything that is different now is a reason to try again.
-            return not retry_failed and earlier.config == _as_recorded(_without_folders(config))
-        if not same_settings(earlier.config, config, _CONFIGS.get(self.cell.kind)):
-            return False
-        folder = cell_folder(self.run_folder, self.cell.name)
-        if self.cell.kind in ("train", "merge"):
-            with suppress(UserError):
-                return adapter_fingerprint(folder / ADAPTER) == earlier.result["adapter_fingerprint"]
-            return False
-        return self.cell.kind != "eval" or (folder / EVAL_RECORD).is_file()
-
-    def run(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Does the work and returns its figures."""
-        run = {"train": self._train, "choose": self._choose, "eval": self._eval, "merge": self._merge}[self.cell.kind]
-        return run(config)
-
-    def _loaded(self, config: dict[str, Any]) -> LoadedModel:
-        return self.shared.model(config["model"], config["dtype"], config["device"])
-
-    @property
-    def _adapter(self) -> Path:
-        return cell_folder(self.run_folder, self.cell.name) / ADAPTER
-
-    def _figures(self, record: Record) -> dict[str, Any]:
-        return {name: getattr(record, name) for name in _FIGURES[self.cell.kind]}
-
-    def _train(self, config: dict[str, Any]) -> dict[str, Any]:
-        asked = TrainConfig(**{**config, "out": str(self._adapter)})
-        loaded = self._loaded(config)
-        done = _go_on(self._adapter, asked, loaded)
-        if done is None:
-            shutil.rmtree(self._adapter, ignore_errors=True)
-            done = train(asked, loaded)
-        return {**self._figures(done), "lr": asked.lr, "model_sha256": done.provenance.model_sha256}
-
-    def _choose(self, config: dict[str, Any]) -> dict[str, Any]:
-        losses = {record.inputs["needs"][0]["lr"]: record.result["loss"] for record in self.needed()}
-        finite = {lr: loss for lr, loss in losses.items() if loss is not None}
-        if not finite:
-            raise UserError("The loss was not a finite number at any of the learning rates: try smaller ones.")
-        tried = [{"lr": lr, "validation_loss": losses[lr]} for lr in sorted(losses)]
-        return {"lr": min(finite, key=finite.__getitem__), "tried": tried}
-
-    def _eval(self, config: dict[str, Any]) -> dict[str, Any]:
-        adapter = str(cell_folder(self.run_folder, self.cell.needs[0]) / ADAPTER) if self.cell.needs else None
-        out = str(cell_folder(self.run_folder, self.cell.name) / EVAL_RECORD)
-        asked = EvalConfig(**{**config, "adapter": adapter, "out": out, "overwrite": True})
-        done = evaluate(asked, self._loaded(config))
-        return {**self._figures(done), "items": done.items_scored, "model_sha256": done.provenance.model_sha256}
-
-    def _merge(self, config: dict[str, Any]) -> dict[str, Any]:
-        adapters = [str(cell_folder(self.run_folder, name) / ADAPTER) for name in self.cell.needs]
-        asked = MergeConfig(**{**config, "adapters": adapters, "out": str(self._adapter), "overwrite": True})
-        done = merge_adapters(asked, self._loaded(config) if asked.calibrate else None)
-        return {**self._figures(done), "adapter_fingerprint": adapter_fingerprint(self._adapter)}
+def _work(kind: CellKind, folder: Path, config: dict[str, Any], adapters: list[str], shared: Cache) -> dict[str, Any]:
+    """Trains, evaluates or merges; the figures of the record that this gives."""
+    out, load = folder / ADAPTER, partial(shared.model, *(config[name] for name in ("model", "dtype", "device")))
+    done: TrainRecord | EvalRecord | MergeRecord
+    if kind == "merge":
+        merge = MergeConfig(**{**config, "adapters": adapters, "out": str(out), "overwrite": True})
+        done = merge_adapters(merge, load() if merge.calibrate else None)
+        own: dict[str, Any] = {"adapter_fingerprint": adapter_fingerprint(out)}
+    elif kind == "eval":
+        record = {"adapter": adapters[0] if adapters else None, "out": str(folder / EVAL_RECORD), "overwrite": True}
+        evaluation = EvalConfig(**{**config, **record})
+        done = evaluate(evaluation, load())
+        own = {"items": done.items_scored, "model_sha256": done.provenance.model_sha256}
+    else:
+        training = TrainConfig(**{**config, "out": str(out)})
+        loaded = load()
+        resumed = _go_on(out, training, loaded)
+        if resumed is None:
+            shutil.rmtree(out, ignore_errors=True)
+        done = resumed or train(training, loaded)
+        own = {"lr": training.lr, "model_sha256": done.provenance.model_sha256}
+    return {name: getattr(done, name) for name in _FIGURES[kind]} | own
 
 
 def _go_on(out: Path, asked: TrainConfig, loaded: LoadedModel) -> TrainRecord | None:
@@ -313,18 +292,14 @@ def same_settings(earlier: dict[str, Any], asked: dict[str, Any], cls: type[Any]
     default value; where things are (as opposed to what they are) does not matter, nor how many items share a forward
     pass that trains nothing.
     """
-    defaults = {} if cls is None else _defaults(cls)
+    known = {} if cls is None else cls.__pydantic_fields__
+    defaults = {name: one.get_default(call_default_factory=True) for name, one in known.items()}
     ignored = _NOT_IN_RESULT if cls is TrainConfig else _NOT_IN_RESULT | {"batch_size"}
     return all(
         earlier.get(name, defaults.get(name)) == value
         for name, value in _as_recorded(asked).items()
         if name not in ignored
     )
-
-
-def _defaults(cls: type[Any]) -> dict[str, Any]:
-    made = {f.name: f.default_factory() for f in dataclasses.fields(cls) if callable(f.default_factory)}
-    return made | {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
 
 
 def _as_recorded(values: dict[str, Any]) -> dict[str, Any]:
