@@ -7,6 +7,8 @@ control characters.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -65,16 +67,11 @@ def facts(title: str, rows: Mapping[str, object]) -> Table:
 
 
 def figures(
-    title: str | None, headings: Sequence[str], rows: Iterable[Sequence[object]], labels: int = 1, ruled: bool = True
+    title: str | None, headings: Sequence[str], rows: Iterable[Sequence[object]], labels: int = 1, **look: Any
 ) -> Table:
     """Names in the first columns, figures in the others; only names may go on in the next line."""
-    table = Table(
-        title=title and clean(title),
-        title_justify="left",
-        box=box.SIMPLE_HEAD if ruled else None,
-        pad_edge=False,
-        padding=(0, 1),
-    )
+    looks: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1)} | look
+    table = Table(title=title and clean(title), title_justify="left", **looks)
     for position, heading in enumerate(headings):
         figure = position >= labels
         table.add_column(heading, justify="right" if figure else "left", no_wrap=figure, overflow="fold")
@@ -83,9 +80,9 @@ def figures(
     return table
 
 
-def listing(title: str, rows: Mapping[str, str]) -> Table:
+def listing(title: str | None, rows: Mapping[str, str]) -> Table:
     """Names, each with a line that explains it."""
-    table = Table(title=clean(title), title_justify="left", show_header=False, box=None, pad_edge=False)
+    table = Table(title=title and clean(title), title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, line in rows.items():
@@ -103,11 +100,12 @@ def notes(lines: Iterable[str]) -> list[Text]:
 
 def show_training(record: TrainRecord) -> None:
     """Shows what a training run did."""
-    config = record.config
+    config, trained, active = record.config, record.trainable_parameters, record.active_parameters
     rows = {
         "adapter": config["out"],
         "base model": f"{config['model']} ({record.dtype})",
-        "trained parameters": _parameters(record),
+        "trained parameters": f"{trained:,}"
+        + ("" if active in (None, trained) else f", of which {active:,} act on a token"),
         "items": f"{record.examples:,}" + (f" ({record.dropped:,} too long, left out)" if record.dropped else ""),
         "steps": f"{record.steps:,} in {record.seconds:,.0f} s",
         "loss per answer token": number(record.final_loss),
@@ -115,11 +113,6 @@ def show_training(record: TrainRecord) -> None:
     if record.validation_loss is not None:
         rows["validation loss"] = number(record.validation_loss)
     show(facts(f"{config['method']} on {record.task['name']}", rows))
-
-
-def _parameters(record: TrainRecord) -> str:
-    trained, active = record.trainable_parameters, record.active_parameters
-    return f"{trained:,}" if active in (None, trained) else f"{trained:,}, of which {active:,} act on a token"
 
 
 def show_evaluation(record: EvalRecord | HarnessRecord) -> None:
@@ -179,30 +172,38 @@ def show_merge(record: MergeRecord) -> None:
         **{name.replace("_", " "): f"{value:.3g}" for name, value in record.measured.items()},
         "time": f"{record.seconds:,.1f} s",
     }
-    show(facts("merge", rows), *retention_tables(record))
-
-
-def retention_tables(record: MergeRecord) -> list[Table]:
-    """Loss per answer token and what was kept of it, then accuracy, one row a task, with standard errors."""
-    if not record.evaluation:
-        return []
     who = ("base", "single", "merged")
-    losses: list[tuple[str, ...]] = []
-    for row in record.evaluation:
-        values = [f"{row[name]:.3f}±{row[f'{name}_stderr']:.3f}" for name in who]
-        kept = "–" if row["retention"] is None else f"{row['retention']:.3f}±{row['retention_stderr']:.3f}"
-        losses.append((row["task"], f"{row['items']:,}", *values, kept))
-    if record.mean_retention is not None:
-        mean, error = record.mean_retention
-        losses.append(("mean", "", "", "", "", f"{mean:.3f}±{error:.3f}"))
-    tables = [
-        figures("loss per answer token, and what was kept", ("task", "items", *who, "retention"), losses),
+    losses = [
+        [_tight(row[name], row[f"{name}_stderr"]) for name in who] + [_tight(row["retention"], row["retention_stderr"])]
+        for row in record.evaluation
     ]
-    measured = [row for row in record.evaluation if row["accuracy"]]
-    if measured:
-        rows = [(row["task"], *(percent(*row["accuracy"][name]) for name in row["accuracy"])) for row in measured]
-        tables.append(figures("accuracy", ("task", *who), rows))
-    return tables
+    accuracies = [[percent(*pair) for pair in (row["accuracy"] or {}).values()] for row in record.evaluation]
+    mean = [] if record.mean_retention is None else [("mean", "", "", "", "", _tight(*record.mean_retention))]
+    title = "loss per answer token, and what was kept"
+    show(facts("merge", rows), *_on_tasks(title, (*who, "retention"), record.evaluation, losses, accuracies, mean))
+
+
+def _tight(value: float | None, error: float) -> str:
+    """Like ``number``, without spaces: four of them stand side by side."""
+    return number(value, error if value is not None else None).replace(" ", "")
+
+
+def _on_tasks(
+    title: str,
+    headings: Sequence[str],
+    evaluation: Sequence[Mapping[str, Any]],
+    losses: Sequence[Sequence[str]],
+    accuracies: Sequence[Sequence[str]],
+    last: Sequence[Sequence[str]] = (),
+) -> list[Table]:
+    """Losses of models on each task and what was kept of them, then the accuracies of tasks that have one."""
+    if not evaluation:
+        return []
+    labels = [(row["task"], f"{row['items']:,}") for row in evaluation]
+    rows = [(*label, *values) for label, values in zip(labels, losses, strict=True)]
+    tables = [figures(title, ("task", "items", *headings), [*rows, *last])]
+    rows = [(label[0], *values) for label, values in zip(labels, accuracies, strict=True) if values]
+    return [*tables, figures("accuracy", ("task", *headings[:-1]), rows)] if rows else tables
 
 
 def show_calibration(statistics: TaskStatistics) -> None:
@@ -219,11 +220,7 @@ def show_calibration(statistics: TaskStatistics) -> None:
 
 def show_export(record: ExportRecord) -> None:
     """Shows what was written, from which text, and what the export lost."""
-    show(_export_facts(record), *_export_evaluation(record), *notes(record.notes))
-
-
-def _export_facts(record: ExportRecord) -> Table:
-    adapter, gap = record.adapter, record.gap
+    adapter, gap, who = record.adapter, record.gap, ("base", "adapter", "export")
     rows = {"result": f"{record.config['out']} ({record.dtype})", "method": record.method}
     if record.rank is not None:
         rows["rank"] = f"{record.rank} of {adapter['rank']}"
@@ -241,32 +238,14 @@ def _export_facts(record: ExportRecord) -> Table:
         rows["same most likely token"] = percent(gap["agreement"])
         held_out = ", ".join(f"{text['source']} ({text['held_out']})" for text in record.texts)
         rows["measured on"] = f"{gap['tokens']:,} tokens of {held_out}"
+    losses, accuracies = [], []
+    for row in record.evaluation:
+        shares, errors = row["accuracy"], row["accuracy_stderr"]
+        losses.append([*(number(row["loss"][name]) for name in who), percent(row["kept"], row["kept_stderr"])])
+        accuracies.append([percent(shares[name], errors[name]) for name in who if shares["base"] is not None])
+    tables = _on_tasks("loss per answer token", (*who, "gain kept"), record.evaluation, losses, accuracies)
     title = "LoRA" if record.to == "lora" else "full model"
-    return facts(f"{title} from {adapter['path']}", rows)
-
-
-def _export_evaluation(record: ExportRecord) -> list[Table]:
-    if not record.evaluation:
-        return []
-    who = ("base", "adapter", "export")
-    losses = [
-        (
-            row["task"],
-            f"{row['items']:,}",
-            *(number(row["loss"][name]) for name in who),
-            percent(row["kept"], row["kept_stderr"]),
-        )
-        for row in record.evaluation
-    ]
-    tables = [figures("loss per answer token", ("task", "items", *who, "gain kept"), losses)]
-    measured = [row for row in record.evaluation if row["accuracy"]["base"] is not None]
-    if measured:
-        rows = [
-            (row["task"], *(percent(row["accuracy"][name], row["accuracy_stderr"][name]) for name in who))
-            for row in measured
-        ]
-        tables.append(figures("accuracy", ("task", *who), rows))
-    return tables
+    show(facts(f"{title} from {adapter['path']}", rows), *tables, *notes(record.notes))
 
 
 def show_inspection(summary: AdapterSummary) -> None:
@@ -281,11 +260,9 @@ def inspection_tables(summary: AdapterSummary) -> RenderableType:
         False: "MISMATCH: the adapter was altered, do not use it",
         None: "some could not be checked (n unknown)",
     }
-    shared = _shared_parts([module.name for module in summary.modules])
-    head = Table.grid(padding=(0, 2))
-    head.add_column()
-    head.add_column(overflow="fold")
-    rows = {
+    parents = [module.name.split(".")[:-1] for module in summary.modules]
+    shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False))]
+    head = {
         "adapter": f"{summary.path} ({summary.kind})",
         "base model": summary.base_model or "not recorded",
         "settings": ", ".join(f"{key} {value}" for key, value in summary.settings.items()),
@@ -294,35 +271,21 @@ def inspection_tables(summary: AdapterSummary) -> RenderableType:
         "file": f"{summary.file_bytes:,} bytes, sha256 {summary.fingerprint[:16]}",
         "fingerprints": verdict[summary.intact],
     }
-    for key, value in rows.items():
-        head.add_row(clean(key, style="bold"), clean(value))
-    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
-    # On a narrow terminal the names give way and not the figures.
-    table.add_column("module", overflow="fold")
-    for heading in ("m x n", "k/r", "A", "bias steps", "min", "mean", "max", "cv"):
-        table.add_column(heading, justify="left" if heading == "A" else "right", no_wrap=True)
-    for module in summary.modules:
-        state = {True: "ok", False: "MISMATCH", None: "?"}[module.fingerprint_ok]
-        table.add_row(
-            clean(".".join(module.name.split(".")[len(shared) :])),
+    rows = [
+        (
+            ".".join(module.name.split(".")[len(shared) :]),
             f"{module.shape[0]} x {module.shape[1] or '?'}",
             f"{module.k}/{module.r}",
-            state,
+            {True: "ok", False: "MISMATCH", None: "?"}[module.fingerprint_ok],
             "{} .. {}".format(*module.bias_steps),
             *(["-"] * 4 if module.load is None else [f"{value:.2f}" for value in module.load]),
         )
+        for module in summary.modules
+    ]
+    headings = ("module", "m x n", "k/r", "A", "bias steps", "min", "mean", "max", "cv")
     note = "min to cv: each rank's share of the tokens at the last training step (even: k/r)"
-    return Group(head, Text(), table, Text(note, style="dim"))
-
-
-def _shared_parts(names: Sequence[str]) -> list[str]:
-    """The leading parts that all names have in common, their last parts aside."""
-    shared = []
-    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return shared
+    table = figures(None, headings, rows, box=None, collapse_padding=True)
+    return Group(listing(None, head), Text(), table, Text(note, style="dim"))
 
 
 def show_tasks(tasks: Mapping[str, str]) -> None:

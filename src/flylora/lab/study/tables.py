@@ -268,7 +268,7 @@ def show_study(result: StudyResult, console: Console | None = None) -> None:
     results = collect(result.study, result.folder)
     for model in result.study.models:
         headings = ("method", "task", "adapter", "loss", "accuracy, %", "retention")
-        console.print(figures_table(model, headings, _rows(results, model), labels=3, ruled=False))
+        console.print(figures_table(model, headings, _rows(results, model), labels=3, box=None))
     console.print(
         Text(
             "Means over seeds ± standard deviation; loss is per answer token. All tables, with differences from the "

@@ -184,7 +184,7 @@ def show_plan(plan: StudyPlan, console: Console | None = None) -> None:
         text += f", without {untimed} cells for which no similar cell is done." if untimed else "."
     elif len(left):
         text += " Time is known once cells like these are done."
-    console.print(figures(None, headings, rows, len(labels), ruled=False), Text(text), sep="\n")
+    console.print(figures(None, headings, rows, len(labels), box=None), Text(text), sep="\n")
     console.print(Text(f"Run folder: {plan.folder}. --only PATTERN runs some cells by their names, such as"))
     for cell in plan.cells if len(plan.cells) <= _NAMED_CELLS else [plan.cells[0], plan.cells[-1]]:
         console.print(Text(f"  {cell.name}"), overflow="fold")
