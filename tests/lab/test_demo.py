@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from flylora.lab import demo
-from flylora.lab.demo import DemoOptions, bars, run_demo
+from flylora.lab.demo import DemoOptions, accuracies, run_demo
 from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.study import cells, load_study
 from flylora.lab.study.study_file import PACKAGED
@@ -57,10 +57,17 @@ def test_results_are_those_of_the_records(options: DemoOptions, monkeypatch: pyt
     assert not result.failed
     out = Path(options.out)
     model = next(iter(result.study.models))
-    series = bars(result.study, out)
-    assert list(series) == ["base model", "its own adapter", "all merged: average", "all merged: least squares"]
+    measured = accuracies(result.study, out)
+    drawn = measured.set_index(["of", "task"]).accuracy
+    assert list(measured.of.unique()) == [
+        "base model",
+        "its own adapter",
+        "all merged: average",
+        "all merged: least squares",
+    ]
     figures = json.loads((out / "results.json").read_text())["figures"]
-    for number, task in enumerate(("arithmetic", "python_output")):
+    assert list(measured.task.unique()) == ["arithmetic", "python_output"]
+    for task in ("arithmetic", "python_output"):
         folders = {"base model": f"base/{model}/{task}/eval-{task}"}
         folders["its own adapter"] = f"seed0/{model}/flylora/{task}/eval-{task}"
         folders |= {
@@ -71,7 +78,7 @@ def test_results_are_those_of_the_records(options: DemoOptions, monkeypatch: pyt
             record = read_record(out / "cells" / name / "eval_record.json", EvalRecord)
             assert record.items_scored == 4
             assert record.accuracy is not None
-            assert (series[label][number].task, series[label][number].accuracy) == (task, 100 * record.accuracy)
+            assert drawn[label, task] == 100 * record.accuracy
             assert record.loss in [f["mean"] for f in figures if (f["task"], f["metric"]) == (task, "loss")]
         adapter = out / "cells" / f"seed0/{model}/flylora/{task}/train/adapter"
         evaluated = read_record(out / "cells" / folders["its own adapter"] / "eval_record.json", EvalRecord)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
 from pathlib import Path
 
+import pandas as pd
 from rich.console import Console
 
 from flylora.errors import UserError
@@ -29,17 +30,9 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> StudyResul
         TrainingInterrupted: On Ctrl-C or SIGTERM; the same call goes on from there.
     """
     console = console or Console(stderr=True)
-    study = StudyOptions(
-        str(STUDY),
-        out=options.out,
-        retry_failed=True,
-        model=options.model,
-        steps=options.steps,
-        eval_limit=options.eval_limit,
-    )
-    result = run_study(study, console)
+    result = run_study(StudyOptions(str(STUDY), retry_failed=True, **dataclasses.asdict(options)), console)
     try:
-        draw(bars(result.study, result.folder), result.folder / PICTURE, next(iter(result.study.models)))
+        draw(accuracies(result.study, result.folder), result.folder / PICTURE, next(iter(result.study.models)))
     except ImportError:
         console.print("There is no picture without matplotlib: pip install 'flylora[plot]'.", markup=False)
     else:
@@ -50,20 +43,14 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> StudyResul
     return result
 
 
-@dataclass(frozen=True)
-class Bar:
-    """The accuracy of one task's items and its standard error over items, in per cent."""
+def accuracies(study: Study, folder: Path) -> pd.DataFrame:
+    """Accuracies and their standard errors over items, in per cent, of the first method and seed.
 
-    task: str
-    accuracy: float
-    error: float
-
-
-def bars(study: Study, folder: Path) -> dict[str, list[Bar]]:
-    """The accuracies of the first method and seed, by what they are of: base model, own adapters, each merge."""
-    first = (next(iter(study.methods)), study.seeds[0])
-    series: dict[str, list[Bar]] = {}
+    Columns: task; of, which is the base model, its own adapter or a merge; accuracy; error.
+    """
+    rows = []
     for cell in plan(study):
+        first = (next(iter(study.methods)), study.seeds[0])
         if cell.kind == "eval" and (cell.method, cell.seed) in ((None, None), first):
             try:
                 record = read_record(cell_folder(folder, cell.name) / EVAL_RECORD, EvalRecord)
@@ -72,35 +59,27 @@ def bars(study: Study, folder: Path) -> dict[str, list[Bar]]:
             own = "its own adapter" if cell.method else "base model"
             label = f"all merged: {cell.merge.replace('_', ' ')}" if cell.merge else own
             if record.accuracy is not None:
-                bar = Bar(cell.task or "", 100 * record.accuracy, 100 * (record.accuracy_stderr or 0.0))
-                series.setdefault(label, []).append(bar)
-    return series
+                rows.append((cell.task, label, 100 * record.accuracy, 100 * (record.accuracy_stderr or 0.0)))
+    return pd.DataFrame(rows, columns=["task", "of", "accuracy", "error"])
 
 
-def draw(series: dict[str, list[Bar]], path: Path, model: str) -> None:
+def draw(measured: pd.DataFrame, path: Path, model: str) -> None:
     """Draws accuracies as grouped bars with whiskers of one standard error."""
     import matplotlib  # an extra
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import container, pyplot
 
-    tasks = list(dict.fromkeys(bar.task for group in series.values() for bar in group))
-    width = 0.8 / max(1, len(series))
     figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
-    for index, (label, group) in enumerate(series.items()):
-        drawn = axes.bar(
-            [tasks.index(bar.task) + (index - (len(series) - 1) / 2) * width for bar in group],
-            [bar.accuracy for bar in group],
-            width,
-            yerr=[bar.error for bar in group],
-            capsize=3,
-            label=label,
-            color=_COLOURS[index % len(_COLOURS)],
-        )
-        axes.bar_label(drawn, fmt="%.0f", padding=3, fontsize=8)
-    axes.set_xticks(range(len(tasks)), tasks)
+    heights, errors = (
+        measured.pivot(index="task", columns="of", values=values).loc[measured.task.unique(), measured.of.unique()]
+        for values in ("accuracy", "error")
+    )
+    heights.plot.bar(ax=axes, yerr=errors, capsize=3, color=_COLOURS, width=0.8, rot=0, ylim=(0, 110), xlabel="")
+    for bars in axes.containers:
+        if isinstance(bars, container.BarContainer):
+            axes.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
     axes.set_ylabel("accuracy on held-out items (%)")
-    axes.set_ylim(0, 110)
     axes.set_title(f"{model}: held-out accuracy (whiskers: one standard error)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
