@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,25 +213,12 @@ class Study:
     data_dir: str | None = None
     description: str = ""
 
-    def train_settings(self, model: str, method: str, task: str) -> dict[str, Any]:
-        """The settings of training of one cell, without a searched learning rate.
-
-        The more particular wins: the study's, the method's, the task's, then those of ``overrides``.
-        """
-        settings: dict[str, Any] = {}
-        for layer in (self.train, *self._own_settings(model, method, task)):
-            # The two exclude each other, so the later one replaces the other.
-            for name, other in (("steps", "epochs"), ("epochs", "steps")):
-                if layer.get(name) is not None:
-                    settings.pop(other, None)
-            settings |= layer
-        return settings
-
     def is_searched(self, model: str, method: str, task: str) -> bool:
         """Whether the search chooses a cell's learning rate: nothing more particular than the whole study sets it."""
         return self.lr_search is not None and not any("lr" in s for s in self._own_settings(model, method, task))
 
     def _own_settings(self, model: str, method: str, task: str) -> list[dict[str, Any]]:
+        """The settings of training that are not the whole study's: the method's, the task's, those of ``overrides``."""
         spec = self.methods[method]
         own = {} if spec.lr is None else {"lr": spec.lr}
         overrides = [override.train for override in self.overrides if override.applies(model, method, task)]
@@ -246,11 +232,17 @@ class Study:
         return self.tasks[task].data_dir or self.data_dir
 
     def train_config(self, model: str, method: str, task: str, seed: int) -> TrainConfig:
-        """The run that trains one adapter; ``out`` is filled in where it runs."""
+        """The run that trains one adapter, without a searched learning rate; ``out`` is filled in where it runs."""
         spec = self.methods[method]
         seeds = {name: task_seed(task, seed) for name in spec.seed_per_task} | dict.fromkeys(spec.seed_per_run, seed)
-        settings = {
-            **self.train_settings(model, method, task),
+        settings: dict[str, Any] = {}
+        for layer in (self.train, *self._own_settings(model, method, task)):  # the more particular wins
+            # The two exclude each other, so the later one replaces the other.
+            for name, other in (("steps", "epochs"), ("epochs", "steps")):
+                if layer.get(name) is not None:
+                    settings.pop(other, None)
+            settings |= layer
+        settings |= {
             **self._base_model(model),
             "task": self.tasks[task].train,
             "out": "",
@@ -272,20 +264,6 @@ class Study:
             "data_dir": self._data_dir(task),
         }
         return from_mapping(EvalConfig, settings, f"evaluation on {task}")
-
-    def trial_eval_config(self, model: str) -> EvalConfig:
-        """What a trial of the search for learning rates is judged by: the loss on validation items of every length."""
-        assert self.lr_search is not None
-        task = self.lr_search.task
-        return dataclasses.replace(
-            self.eval_config(model, task, next(iter(self.tasks[task].evaluations))),
-            task=self.tasks[task].train,
-            split="validation",
-            limit=self.lr_search.limit,
-            loss_only=True,
-            samples=1,
-            temperature=0.0,
-        )
 
     def merge_config(self, model: str, merge: str, seed: int) -> MergeConfig:
         """A merge of one adapter a task; the adapters' folders and ``out`` are filled in where it runs."""

@@ -105,6 +105,16 @@ def _search(study: Study, model: str, method: str) -> Iterator[Cell]:
         return
     labels: dict[str, Any] = {"model": model, "method": method, "task": search.task, "trial": True}
     training = study.train_config(model, method, search.task, search.seed)
+    # Trials are judged by the loss on validation items of every length.
+    evaluation = dataclasses.replace(
+        study.eval_config(model, search.task, next(iter(study.tasks[search.task].evaluations))),
+        task=study.tasks[search.task].train,
+        split="validation",
+        limit=search.limit,
+        loss_only=True,
+        samples=1,
+        temperature=0.0,
+    )
     evaluations = []
     for rate in search.methods.get(method, search.rates):
         name = f"lr/{model}/{method}/{rate:g}"
@@ -119,7 +129,7 @@ def _search(study: Study, model: str, method: str) -> Iterator[Cell]:
         config = dataclasses.replace(training, **changes)
         yield _cell(name, "train", config, seed=search.seed, **labels)
         evaluations.append(f"{name}/validation")
-        yield _cell(evaluations[-1], "eval", study.trial_eval_config(model), [name], seed=search.seed, **labels)
+        yield _cell(evaluations[-1], "eval", evaluation, [name], seed=search.seed, **labels)
     yield Cell(_choice(model, method), "choose", {}, tuple(evaluations), **labels)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flylora.errors import UserError
-from flylora.lab.study.config import ModelSpec, Override, Study, StudyOptions, TaskSpec
+from flylora.lab.study.config import ModelSpec, Override, Study, StudyOptions
 from flylora.lab.study.plan import Cell, plan, select
 from flylora.options import from_mapping, read_yaml
 
@@ -64,25 +64,24 @@ def narrowed(study: Study, options: StudyOptions) -> Study:
     """The study at the size, and with the baseline, that the options ask for."""
     changes: dict[str, Any] = {}
     if options.baseline is not None:
-        _check_labels("baseline", "methods", [options.baseline], study.methods)
+        _check_labels(study, "baseline", methods=[options.baseline])
         changes["baseline"] = options.baseline
     if options.model is not None:
         label = re.sub(r"[^\w.+-]", "-", Path(options.model).name).lstrip(".-_") or "model"
         changes["models"] = {label: ModelSpec(options.model)}
     if options.seeds is not None:
-        changes["seeds"] = list(options.seeds)
         _check_seeds(options.seeds)
+        changes["seeds"] = options.seeds
     tasks = study.tasks
     if options.data_dir is not None:
         changes["data_dir"] = options.data_dir
         tasks = {label: dataclasses.replace(task, data_dir=None) for label, task in tasks.items()}
     if study.lr_search is not None:
-        search = study.lr_search
-        changes["lr_search"] = dataclasses.replace(
-            search, steps=_least(search.steps, options.steps), limit=_least(search.limit, options.eval_limit)
-        )
+        sizes = (("steps", options.steps), ("limit", options.eval_limit))
+        least: dict[str, Any] = {name: _least(getattr(study.lr_search, name), size) for name, size in sizes}
+        changes["lr_search"] = dataclasses.replace(study.lr_search, **least)
     names = ("steps", "batch_size", "micro_batch_size", "max_length", "train_limit")
-    train = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    train = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.batch_size is not None:
         train.setdefault("micro_batch_size", None)  # the study's need not divide it
     if train:
@@ -98,8 +97,8 @@ def narrowed(study: Study, options: StudyOptions) -> Study:
     return dataclasses.replace(study, **changes)
 
 
-def _least(value: Any, limit: Any) -> Any:
-    return value if limit is None else limit if value is None else min(value, limit)
+def _least(*sizes: int | None) -> int | None:
+    return min((size for size in sizes if size is not None), default=None)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -150,11 +149,15 @@ def _relative_to_file(study: Study, folder: Path) -> Study:
     def data_folder(path: str | None) -> str | None:
         return None if path is None else str(folder / Path(path).expanduser())
 
-    def task(spec: TaskSpec) -> TaskSpec:
-        names = [task_file(name) for name in spec.eval]
-        return dataclasses.replace(spec, train=task_file(spec.train), eval=names, data_dir=data_folder(spec.data_dir))
-
-    tasks = {label: task(spec) for label, spec in study.tasks.items()}
+    tasks = {
+        label: dataclasses.replace(
+            spec,
+            train=task_file(spec.train),
+            eval=[task_file(name) for name in spec.eval],
+            data_dir=data_folder(spec.data_dir),
+        )
+        for label, spec in study.tasks.items()
+    }
     return dataclasses.replace(study, tasks=tasks, data_dir=data_folder(study.data_dir))
 
 
@@ -191,29 +194,23 @@ def check(study: Study) -> None:
     for label, merge in study.merges.items():
         _check_settings(f"the options of {label}", merge.options, _NOT_MERGE)
         _check_settings(f"the evaluation of {label}", merge.evaluation, _NOT_EVALUATION)
-        _check_labels(f"the merge {label}", "methods", merge.methods or [], study.methods)
+        _check_labels(study, f"the merge {label}", methods=merge.methods or [])
     if study.merges and len(study.tasks) < 2:
         raise UserError("There is one task, so there is nothing to merge: leave merges out, or add a task.")
-    _check_labels("baseline", "methods", [study.baseline], study.methods)
+    _check_labels(study, "baseline", methods=[study.baseline])
     for override in study.overrides:
         _check_settings("overrides", override.train, _NOT_TRAIN)
-        _check_labels("overrides", "models", [override.model], study.models)
-        _check_labels("overrides", "methods", [override.method], study.methods)
-        _check_labels("overrides", "tasks", [override.task], study.tasks)
+        _check_labels(study, "overrides", models=[override.model], methods=[override.method], tasks=[override.task])
     search = study.lr_search
     if search is not None:
-        _check_labels("lr_search", "tasks", [search.task], study.tasks)
-        _check_labels("lr_search", "methods", search.methods, study.methods)
+        _check_labels(study, "lr_search", tasks=[search.task], methods=search.methods)
         _check_settings("lr_search", search.settings, _NOT_TRAIN)
         for rates in (search.rates, *search.methods.values()):
             if not rates or len(set(rates)) < len(rates) or not all(math.isfinite(rate) and rate > 0 for rate in rates):
                 raise UserError(f"lr_search has the rates {rates}, but needs different numbers above 0, at least one.")
-    evaluations = sorted({label for task in study.tasks.values() for label in task.evaluations})
     for figures in study.paper.figures if study.paper is not None else ():
-        _check_labels("paper", "models", [figures.model], study.models)
-        _check_labels("paper", "methods", [figures.method], study.methods)
-        _check_labels("paper", "merges", [figures.merge], study.merges)
-        _check_labels("paper", "evaluations", figures.values, evaluations)
+        _check_labels(study, "paper", models=[figures.model], methods=[figures.method], merges=[figures.merge])
+        _check_labels(study, "paper", evaluations=figures.values)
         if figures.metric == "points_lost" and figures.merge is None:
             raise UserError("paper has points_lost without a merge, but it is merging that loses them: name the merge.")
     plan(study)  # makes every config, which checks its values
@@ -231,7 +228,12 @@ def _check_settings(what: str, settings: Mapping[str, Any], set_by_study: frozen
             raise UserError(f"The study itself decides '{key}', so {what} cannot set it: remove it there.")
 
 
-def _check_labels(what: str, kind: str, labels: Iterable[str | None], known: Iterable[str]) -> None:
-    for label in labels:
-        if label is not None and label not in known:
-            raise UserError(f"{what} names '{label}', which is not among the {kind}: choose from {', '.join(known)}.")
+def _check_labels(study: Study, what: str, **labels: Iterable[str | None]) -> None:
+    """Checks that labels, by their kind, are labels of the study; ``None`` means any."""
+    evaluations = sorted({one for task in study.tasks.values() for one in task.evaluations})
+    for kind, names in labels.items():
+        known = evaluations if kind == "evaluations" else getattr(study, kind)
+        for name in names:
+            if name is not None and name not in known:
+                choices = ", ".join(known)
+                raise UserError(f"{what} names '{name}', which is not among the {kind}: choose from {choices}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +112,9 @@ def markdown(results: Results) -> str:
     ]
     for model in study.models:
         lines += _rates(results, model)
-        lines += _singles(results, model)
-        lines += _differences(results, model, merged=False)
-        lines += _merges(results, model)
-        lines += _differences(results, model, merged=True)
+        for merged in (False, True):
+            lines += _adapters(results, model, merged)
+            lines += _differences(results, model, merged)
     if study.paper is not None:
         compared = any(figure.paper is not None for figure in results.figures)
         said = "Figures in brackets are the paper's, shown where the setup is the same."
@@ -161,43 +160,31 @@ def _rates(results: Results, model: str) -> list[str]:
     return _section(f"{model}: learning rates", text, rows)
 
 
-def _singles(results: Results, model: str) -> list[str]:
-    rows = []
-    for method in ("", *results.study.methods):
-        figures = _by_heading(results, Condition(model, method))
-        if any(figures.values()):
-            trained, active, percent = (results.parameters.get((model, method), {}).get(name) for name in COUNTS)
-            rows.append(
-                {
-                    "method": method or "base model",
-                    "trained parameters": "–" if trained is None else f"{trained:,}",
-                    "active ones": "–" if active is None else f"{active:,}",
-                    "Param%": "–" if percent is None else f"{percent:.2f}",
-                    "n": _seeds(figures.values()) if method else "–",
-                    **{heading: shown(figure) for heading, figure in figures.items()},
-                }
-            )
-    text = "Active parameters are those that act on one token; Param% is the paper's count of them, in per cent of all."
-    return _section(f"{model}: one adapter for each task", text, rows)
-
-
-def _merges(results: Results, model: str) -> list[str]:
-    rows = []
-    for method, merge in itertools.product(results.study.methods, results.study.merges):
+def _adapters(results: Results, model: str, merged: bool) -> list[str]:
+    study, rows = results.study, []
+    methods, merges = (study.methods, study.merges) if merged else (("", *study.methods), ("",))
+    for method, merge in itertools.product(methods, merges):
         at = Condition(model, method, merge)
         figures = _by_heading(results, at)
-        if any(figures.values()):
+        if not any(figures.values()):
+            continue
+        counts = sorted({figure.n for figure in figures.values() if figure is not None})
+        n = "–".join(map(str, counts[:1] + counts[1:][-1:]))
+        row = {"method": method or "base model"}
+        if merged:
             kinds = {None: "–", True: "routed", False: "LoRA"}
-            rows.append(
-                {
-                    "method": method,
-                    "merge": merge,
-                    "result": kinds[results.routed.get((model, method, merge))],
-                    "n": _seeds(figures.values()),
-                    "mean retention": shown(results.at(at, "retention")),
-                    **{heading: shown(figure) for heading, figure in figures.items()},
-                }
-            )
+            row |= {"merge": merge, "result": kinds[results.routed.get((model, method, merge))], "n": n}
+            row["mean retention"] = shown(results.at(at, "retention"))
+        else:
+            trained, active, percent = (results.parameters.get((model, method), {}).get(name) for name in COUNTS)
+            row["trained parameters"] = "–" if trained is None else f"{trained:,}"
+            row["active ones"] = "–" if active is None else f"{active:,}"
+            row |= {"Param%": "–" if percent is None else f"{percent:.2f}", "n": n if method else "–"}
+        rows.append(row | {heading: shown(figure) for heading, figure in figures.items()})
+    if not merged:
+        text = "Active parameters are those that act on one token; "
+        text += "Param% is the paper's count of them, in per cent of all."
+        return _section(f"{model}: one adapter for each task", text, rows)
     text = (
         "Retention is (base loss − merged loss) / (base loss − single adapter's loss); points lost are the single "
         "adapter's accuracy less the merged one's. A result that is a LoRA has no routing left: the updates of routed "
@@ -251,12 +238,6 @@ def _heading(study: Study, at: Condition, metric: str) -> str:
         return f"mean {metric}"
     own = at.evaluation in (at.task, task_label(study.tasks[at.task].train))
     return f"{at.task}{'' if own else f' → {at.evaluation}'}: {metric.replace('_', ' ')}"
-
-
-def _seeds(figures: Iterable[Figure | None]) -> str:
-    """How many seeds they have."""
-    counts = sorted({figure.n for figure in figures if figure is not None})
-    return "–" if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
 
 
 # --- on the terminal -------------------------------------------------------------------------------------------------
