@@ -1,7 +1,7 @@
 """The laboratory: what measures. It imports the library and is never imported by it.
 
-Each command of the command line is one of these calls, with the same options. The rooms behind the calls import torch,
-TRL and datasets, so a call imports them when it runs.
+Each command of the command line is one of these calls, with the same options. What imports TRL or pandas is imported
+when a call runs.
 """
 
 from __future__ import annotations
@@ -9,25 +9,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from flylora.export.record import ExportRecord
+from flylora.inspection import AdapterSummary
+from flylora.inspection import inspect as inspect_adapter
 from flylora.lab.evaluation.config import EvalConfig
-from flylora.lab.examples import PreviewOptions
+from flylora.lab.evaluation.harness import HarnessRecord, evaluate_with_harness
+from flylora.lab.evaluation.record import EvalRecord
+from flylora.lab.evaluation.run import run as evaluate_task
+from flylora.lab.examples import Preview, PreviewOptions
+from flylora.lab.examples import preview as make_preview
 from flylora.lab.exporting.config import ExportConfig
+from flylora.lab.exporting.run import export as export_adapter
 from flylora.lab.merging.config import CalibrateConfig, MergeConfig
+from flylora.lab.merging.run import calibrate_adapters, merge_adapters
 from flylora.lab.study.config import DemoOptions, StudyOptions
+from flylora.lab.tasks import describe_tasks
 from flylora.lab.training.config import TrainConfig
+from flylora.lab.training.presets import PRESETS
+from flylora.lab.training.record import TrainRecord
+from flylora.merging.calibration import TaskStatistics
+from flylora.merging.record import MergeRecord
+from flylora.merging.table import METHODS
 from flylora.options import options, public_call
 
 if TYPE_CHECKING:
-    from flylora.export.record import ExportRecord
-    from flylora.inspection import AdapterSummary
-    from flylora.lab.evaluation.harness import HarnessRecord
-    from flylora.lab.evaluation.record import EvalRecord
-    from flylora.lab.examples import Preview
     from flylora.lab.study.record import StudyResult
     from flylora.lab.study.workload import StudyPlan
-    from flylora.lab.training.record import TrainRecord
-    from flylora.merging.calibration import TaskStatistics
-    from flylora.merging.record import MergeRecord
 
 __all__ = [
     "calibrate",
@@ -78,37 +85,25 @@ def train(config: TrainConfig) -> TrainRecord:
 @public_call(EvalConfig)
 def evaluate(config: EvalConfig) -> EvalRecord | HarnessRecord:
     """Evaluates a model, with or without an adapter, on a task or on tasks of lm-evaluation-harness."""
-    if config.lm_eval is not None:
-        from flylora.lab.evaluation.harness import evaluate_with_harness
-
-        return evaluate_with_harness(config)
-    from flylora.lab.evaluation.run import run
-
-    return run(config)
+    return evaluate_task(config) if config.lm_eval is None else evaluate_with_harness(config)
 
 
 @public_call(MergeConfig)
 def merge(config: MergeConfig) -> MergeRecord:
     """Merges adapters into one, with tasks to calibrate and to measure on; ``flylora.merge`` takes texts instead."""
-    from flylora.lab.merging.run import merge_adapters
-
     return merge_adapters(config)
 
 
 @public_call(CalibrateConfig)
 def calibrate(config: CalibrateConfig) -> TaskStatistics:
     """Gathers from a task's texts what a least squares merge needs, and writes it to a file."""
-    from flylora.lab.merging.run import calibrate_adapters
-
     return calibrate_adapters(config)
 
 
 @public_call(ExportConfig)
 def export(config: ExportConfig) -> ExportRecord:
     """Writes an adapter as a plain LoRA or as full weights and measures the gap between the two."""
-    from flylora.lab.exporting.run import export as run
-
-    return run(config)
+    return export_adapter(config)
 
 
 @public_call(StudyOptions)
@@ -138,33 +133,24 @@ def run_demo(config: DemoOptions) -> StudyResult:
 @public_call(PreviewOptions)
 def preview(config: PreviewOptions) -> Preview:
     """Shows examples of a task as a model is trained on them, and counts the tokens of the whole split."""
-    from flylora.lab.examples import preview as make_preview
-
     return make_preview(config)
 
 
 @public_call(InspectOptions)
 def inspect(config: InspectOptions) -> AdapterSummary:
     """Reads a saved adapter: its base, ranks, seeds and sizes, and whether its projections are those of training."""
-    from flylora.inspection import inspect
-
-    return inspect(config.adapter)
+    return inspect_adapter(config.adapter)
 
 
 @public_call(NoOptions)
 def list_tasks(config: NoOptions) -> dict[str, str]:
     """The built-in tasks, each with a line that says what it asks."""
-    from flylora.lab.tasks import describe_tasks
-
     return describe_tasks()
 
 
 @public_call(NoOptions)
 def list_methods(config: NoOptions) -> dict[str, dict[str, str]]:
     """The methods of training and of merging, each with a line that says what it does."""
-    from flylora.lab.training.presets import PRESETS
-    from flylora.merging.table import METHODS
-
     return {
         "training": {name: row.summary for name, row in PRESETS.items()},
         "merging": {name: row.summary for name, row in METHODS.items()},

@@ -35,18 +35,16 @@ def clean(text: object, style: str = "") -> Text:
     return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line), style=style)
 
 
-def percent(share: float | None, error: float | None = None) -> str:
-    """A share as a percentage with its standard error, such as ``81.2 ± 1.7 %``; a dash for none."""
-    if share is None:
-        return "–"
-    return f"{100 * share:.1f} %" if error is None else f"{100 * share:.1f} ± {100 * error:.1f} %"
-
-
-def number(value: float | None, error: float | None = None) -> str:
-    """A loss to three decimals, perhaps with its standard error; a dash for none."""
+def number(value: float | None, error: float | None = None, digits: int = 3) -> str:
+    """A number to some decimals, perhaps with its standard error, such as ``1.500 ± 0.020``; a dash for none."""
     if value is None:
         return "–"
-    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def percent(share: float | None, error: float | None = None) -> str:
+    """A share as a percentage with its standard error, such as ``81.2 ± 1.7 %``; a dash for none."""
+    return "–" if share is None else f"{number(100 * share, error and 100 * error, 1)} %"
 
 
 def show(*parts: RenderableType) -> None:

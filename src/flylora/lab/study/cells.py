@@ -69,9 +69,7 @@ class Cache:
 
     def __init__(self) -> None:
         self._loaded: tuple[tuple[str, str, str], LoadedModel, list[int]] | None = None
-        self.weights = cache(_weights)
-        self._task = cache(load_task)
-        self._data_hash = cache(lambda name, data_dir, split: self._task(name, data_dir).data_hash(split))
+        self.weights, self.task = cache(_weights), cache(_task)
 
     def model(self, name: str, dtype: str, device: str) -> LoadedModel:
         """The base model, loaded unless the last cell left it exactly as it was loaded."""
@@ -90,11 +88,12 @@ class Cache:
         """Forgets the base model: the next cell loads it anew."""
         self._loaded = None
 
-    def task(self, name: str, data_dir: str | None, *splits: str) -> dict[str, Any]:
-        """What stands for a task in a record: its name, version and hashes of its data."""
-        task = self._task(name, data_dir)
-        hashes = {split: self._data_hash(name, data_dir, split) for split in splits}
-        return {"name": task.name, "version": task.version, "data": hashes}
+
+def _task(name: str, data_dir: str | None, *splits: str) -> dict[str, Any]:
+    """What stands for a task in a record: its name, version and hashes of its data."""
+    task = load_task(name, data_dir)
+    hashes = {split: task.data_hash(split) for split in splits}  # type: ignore[arg-type]
+    return {"name": task.name, "version": task.version, "data": hashes}
 
 
 def _weights(name: str) -> str:
@@ -267,20 +266,19 @@ def _work(kind: CellKind, folder: Path, config: dict[str, Any], adapters: list[s
 
 
 def _go_on(out: Path, asked: TrainConfig, loaded: LoadedModel) -> TrainRecord | None:
-    """The end of an unfinished run of the same settings; ``None`` without one to continue."""
+    """The end of an unfinished run; ``None`` without one to continue."""
     try:
         earlier = read_record(out / RECORD_NAME, TrainRecord)
     except UserError:
         return None
-    wanted = _as_recorded(asked.deciding())
-    if earlier.status == "complete" or any(earlier.config.get(key) != value for key, value in wanted.items()):
+    if earlier.status == "complete":
         return None
     try:
         return train(dataclasses.replace(asked, resume=True), loaded)
     except UserError as error:
         if is_disk_full(error.__cause__ or error):
             raise
-        # Other data or weights than before, or a method whose checkpoints do not hold all of its state.
+        # Other settings, data or weights than before, or a method whose checkpoints do not hold all of its state.
         logger.warning("%s It is started again.", error)
         return None
 

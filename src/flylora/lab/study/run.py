@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,7 +16,7 @@ from flylora.errors import UserError
 from flylora.lab.study.cells import Cache, run_cell
 from flylora.lab.study.config import Study, StudyOptions
 from flylora.lab.study.plan import Cell
-from flylora.lab.study.record import CellRecord, StudyResult, read_cell, run_folder
+from flylora.lab.study.record import StudyResult, read_cell, run_folder
 from flylora.lab.study.study_file import planned
 from flylora.lab.study.tables import write_tables
 from flylora.lab.training.interrupt import TrainingInterrupted
@@ -42,55 +42,45 @@ def run_study(options: StudyOptions, console: Console | None = None) -> StudyRes
     study, cells = planned(options)
     folder = run_folder(study, options)
     _check_folder(folder, study)
-    with _alone_in(folder):
-        write_text(folder / "study.json", json.dumps(dataclasses.asdict(study), indent=2) + "\n")
-        return StudyResult(study, folder, _run_all(study, cells, folder, options, console))
-
-
-def _run_all(
-    study: Study, cells: Sequence[Cell], folder: Path, options: StudyOptions, console: Console
-) -> list[CellRecord]:
-    records: list[CellRecord] = []
-    cache, written = Cache(), time.monotonic()
-    cell = cells[0]
-    try:
-        for number, cell in enumerate(cells, start=1):
-            before = read_cell(folder, cell.name)
-            console.print(f"[{number}/{len(cells)}] {cell.name}", markup=False, highlight=False)
-            record = run_cell(cell, folder, cache, retry_failed=options.retry_failed)
-            records.append(record)
-            if not record.done:
-                console.print(f"  failed: {record.error}", style="red", markup=False, highlight=False, soft_wrap=True)
-            elif record == before:
-                console.print("  done already", markup=False, highlight=False)
-            if time.monotonic() - written > _SECONDS_BETWEEN_TABLES:
-                write_tables(study, folder)
-                written = time.monotonic()
-    except KeyboardInterrupt as stop:
-        raise TrainingInterrupted(
-            f"Stopped in {cell.name}, after {len(records)} of {len(cells)} cells; give the same command to go on."
-        ) from stop
-    finally:
-        write_tables(study, folder)
-    return records
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """While open, no other study can be run in the folder: two would write the same checkpoints."""
     with saving(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        alone = FileLock(folder / ".lock").acquire(timeout=0)  # two studies would write the same checkpoints
     except Timeout:
         raise UserError(
             f"Another flylora study is at work in {folder}: wait for it, or choose another folder with --out."
         ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    with alone:
+        write_text(folder / "study.json", json.dumps(dataclasses.asdict(study), indent=2) + "\n")
+        result = StudyResult(study, folder, [])
+        try:
+            _run_all(cells, result, options.retry_failed, console)
+        except KeyboardInterrupt as stop:
+            done = len(result.records)
+            last = cells[: done + 1][-1].name
+            raise TrainingInterrupted(
+                f"Stopped in {last}, after {done} of {len(cells)} cells; give the same command to go on."
+            ) from stop
+        finally:
+            write_tables(study, folder)
+    return result
+
+
+def _run_all(cells: Sequence[Cell], result: StudyResult, retry_failed: bool, console: Console) -> None:
+    cache, written = Cache(), time.monotonic()
+    say = partial(console.print, markup=False, highlight=False)
+    for number, cell in enumerate(cells, start=1):
+        before = read_cell(result.folder, cell.name)
+        say(f"[{number}/{len(cells)}] {cell.name}")
+        record = run_cell(cell, result.folder, cache, retry_failed=retry_failed)
+        result.records.append(record)
+        if not record.done:
+            say(f"  failed: {record.error}", style="red", soft_wrap=True)
+        elif record == before:
+            say("  done already")
+        if time.monotonic() - written > _SECONDS_BETWEEN_TABLES:
+            write_tables(result.study, result.folder)
+            written = time.monotonic()
 
 
 def _check_folder(folder: Path, study: Study) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from flylora.lab.show import figures as figures_table
+from flylora.lab.show import number
 from flylora.lab.study.config import Study, task_label
 from flylora.lab.study.record import StudyResult
 from flylora.lab.study.results import BASE_SEED, COUNTS, Condition, Figure, Results, collect, verdict
@@ -77,17 +78,14 @@ def _plain(figure: Figure, baseline: str | None = None) -> dict[str, Any]:
 # --- Markdown --------------------------------------------------------------------------------------------------------
 
 
-def number(value: float, metric: str, digits: int = 2) -> str:
-    """A value to as many digits as its metric deserves; ``digits`` are those of per cent and points."""
-    return f"{value:.{3 if metric in ('loss', 'retention') else digits}f}"
+def digits_of(metric: str, others: int = 2) -> int:
+    """Decimals that a metric deserves; ``others`` are those of per cent and points."""
+    return 3 if metric in ("loss", "retention") else others
 
 
-def with_spread(figure: Figure | None, digits: int = 2) -> str:
+def with_spread(figure: Figure | None, others: int = 2) -> str:
     """Mean ± sample standard deviation; a dash for nothing."""
-    if figure is None:
-        return "–"
-    values = (figure.mean, *([] if figure.deviation is None else [figure.deviation]))
-    return " ± ".join(number(value, figure.metric, digits) for value in values)
+    return "–" if figure is None else number(figure.mean, figure.deviation, digits_of(figure.metric, others))
 
 
 def shown(figure: Figure | None) -> str:
@@ -196,18 +194,18 @@ def _adapters(results: Results, model: str, merged: bool) -> list[str]:
 def _differences(results: Results, model: str, merged: bool) -> list[str]:
     study, rows = results.study, []
     for difference in results.differences:
-        at, metric, error = difference.condition, difference.metric, difference.item_error
+        at, digits = difference.condition, digits_of(difference.metric)
         if at.model == model and bool(at.merge) == merged:
-            ends = [number(end, metric) for end in difference.interval or ()]
+            ends = [number(end, digits=digits) for end in difference.interval or ()]
             rows.append(
                 {
                     "method": at.method,
                     **({"merge": at.merge} if merged else {}),
-                    "figure": _heading(study, at, metric),
+                    "figure": _heading(study, at, difference.metric),
                     "n": str(difference.n),
-                    "difference": f"{'+' if difference.mean >= 0 else ''}{number(difference.mean, metric)}",
+                    "difference": f"{'+' if difference.mean >= 0 else ''}{number(difference.mean, digits=digits)}",
                     "95 % interval over seeds": " to ".join(ends) or "–",
-                    "standard error over items": "–" if error is None else number(error, metric),
+                    "standard error over items": number(difference.item_error, digits=digits),
                     "verdict": verdict(difference),
                 }
             )
