@@ -27,7 +27,7 @@ from flylora.adapter_folder import KINDS, read_adapter
 from flylora.lab.baselines.split_lora import SplitLoraConfig
 from flylora.lab.evaluation import EvalConfig, evaluate
 from flylora.lab.merging import MergeConfig, merge_adapters
-from flylora.lab.study.record import ADAPTER, cell_folder
+from flylora.lab.study.plan import ADAPTER, cell_folder
 from flylora.merging.methods import linear_share
 from flylora.merging.options import MethodName
 from flylora.models import LoadedModel, load_model

@@ -31,7 +31,7 @@ from flylora_cli import COMMANDS as SUMMARIES
 from flylora_cli import EXIT_USER_ERROR
 
 if TYPE_CHECKING:
-    from flylora.lab.study.record import StudyResult
+    from flylora.lab.study.plan import StudyResult
     from flylora.lab.study.workload import StudyPlan
 
 EXIT_CELLS_FAILED = 1

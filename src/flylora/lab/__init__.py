@@ -33,7 +33,7 @@ from flylora.merging.table import METHODS
 from flylora.options import options, public_call
 
 if TYPE_CHECKING:
-    from flylora.lab.study.record import StudyResult
+    from flylora.lab.study.plan import StudyResult
     from flylora.lab.study.workload import StudyPlan
 
 __all__ = [

@@ -11,8 +11,7 @@ from rich.console import Console
 from flylora.errors import UserError
 from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.study.config import DemoOptions, Study, StudyOptions
-from flylora.lab.study.plan import plan
-from flylora.lab.study.record import EVAL_RECORD, StudyResult, cell_folder
+from flylora.lab.study.plan import EVAL_RECORD, StudyResult, cell_folder, plan
 from flylora.lab.study.run import run_study
 from flylora.lab.study.study_file import PACKAGED
 from flylora.records import read_record, saving, write_text

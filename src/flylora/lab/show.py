@@ -126,10 +126,9 @@ def show_evaluation(record: EvalRecord | HarnessRecord) -> None:
     }
     if record.accuracy is not None:
         rows["accuracy"] = percent(record.accuracy, record.accuracy_stderr)
-    if record.task.get("kind") == "code":
-        rows |= {way: percent(share) for way, share in record.accuracies.items()}
-    elif len(record.accuracies) > 1:
-        rows |= {f"accuracy by {way}": percent(share) for way, share in record.accuracies.items()}
+    code = record.task.get("kind") == "code"
+    if code or len(record.accuracies) > 1:
+        rows |= {way if code else f"accuracy by {way}": percent(share) for way, share in record.accuracies.items()}
     rows["loss per answer token"] = f"{number(record.loss)} over {record.loss_tokens:,} tokens"
     rows |= {
         f"accuracy on {name}": f"{percent(group['accuracy'])} of {group['items']:,.0f}"
@@ -148,8 +147,7 @@ def _show_harness(record: HarnessRecord) -> None:
             metric, _, chosen = name.partition(",")
             if metric.endswith("_stderr"):
                 continue
-            error = metrics.get(f"{metric}_stderr,{chosen}")
-            shown = f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+            shown = number(value, metrics.get(f"{metric}_stderr,{chosen}"), 4)
             label = metric if chosen == "none" else f"{metric} ({chosen})"
             rows.append((task, record.few_shot.get(task, "–"), record.items_scored.get(task, "–"), label, shown))
     title = f"lm-evaluation-harness {record.harness}: {config['model']}, adapter {config['adapter'] or 'none'}"

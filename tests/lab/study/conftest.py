@@ -14,7 +14,7 @@ from rich.console import Console
 
 from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.study import StudyOptions
-from flylora.lab.study.record import CELL_RECORD, EVAL_RECORD, CellRecord
+from flylora.lab.study.plan import CELL_RECORD, EVAL_RECORD, CellRecord
 from flylora.lab.study.run import run_study
 from flylora.records import write_record
 from lab.study.handmade import ORIGIN

@@ -12,8 +12,7 @@ from flylora.lab.evaluation import EvalConfig
 from flylora.lab.study import cells as working
 from flylora.lab.study import load_study
 from flylora.lab.study.cells import Cache, checksums, run_cell, same_settings
-from flylora.lab.study.plan import plan
-from flylora.lab.study.record import read_cell
+from flylora.lab.study.plan import plan, read_cell
 from flylora.lab.training.config import TrainConfig
 from flylora.models import load_model
 

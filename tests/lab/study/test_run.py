@@ -18,8 +18,7 @@ from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.study import StudyOptions, load_study
 from flylora.lab.study import cells as working
 from flylora.lab.study import run as running
-from flylora.lab.study.plan import plan
-from flylora.lab.study.record import CellRecord, StudyResult, read_cell
+from flylora.lab.study.plan import CellRecord, StudyResult, plan, read_cell
 from flylora.lab.study.run import run_study
 from flylora.lab.training import callbacks
 from flylora.lab.training.config import TrainConfig

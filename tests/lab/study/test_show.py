@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from flylora.lab.study import StudyOptions, load_study
-from flylora.lab.study.record import StudyResult, run_folder
+from flylora.lab.study.plan import StudyResult, run_folder
 from flylora.lab.study.study_file import planned
 from flylora.lab.study.tables import show_study
 from flylora.lab.study.workload import plan_study, show_plan

@@ -24,8 +24,7 @@ from flylora.errors import UserError
 from flylora.lab.evaluation import EvalConfig, evaluate
 from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.merging import MergeConfig, merge_adapters
-from flylora.lab.study.plan import Cell, CellKind
-from flylora.lab.study.record import ADAPTER, CELL_RECORD, EVAL_RECORD, CellRecord, cell_folder, read_cell
+from flylora.lab.study.plan import ADAPTER, CELL_RECORD, EVAL_RECORD, Cell, CellKind, CellRecord, cell_folder, read_cell
 from flylora.lab.tasks import load_task
 from flylora.lab.training.config import TrainConfig
 from flylora.lab.training.fit import fit as train

@@ -1,4 +1,4 @@
-"""From a study to its cells: what is to be done, in which order, and what each needs to be done before."""
+"""The cells of a study: what is to be done, in which order, what each needs before, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from flylora.errors import UserError
-from flylora.lab.study.config import Study
+from flylora.lab.study.config import Study, StudyOptions
+from flylora.records import Record, read_record
 
 CellKind = Literal["train", "choose", "eval", "merge"]
+CELLS = "cells"
+CELL_RECORD = "cell.json"
+EVAL_RECORD = "eval_record.json"
+ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -155,3 +161,74 @@ def _merges(study: Study, model: str, method: str, seed: int) -> Iterator[Cell]:
             merge, adapters = f"{folder}/merge-{label}/merge", [f"{folder}/{task}/train" for task in study.tasks]
             yield _cell(merge, "merge", study.merge_config(model, label, seed), adapters, **labels)
             yield from _evaluations(study, study.tasks, f"{folder}/merge-{label}/eval-%s-%s", [merge], **labels)
+
+
+# --- what a cell leaves in its folder --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRecord(Record):
+    """One cell of a study: done, failed, or skipped because one that it needs failed.
+
+    Attributes:
+        name, cell_kind, labels: Which cell.
+        inputs: What it was made from besides its config: weights, versions and hashes of tasks, adapters.
+        result: Its figures; those of an evaluation's items are in a separate record next to this one.
+        error: Why it failed, in one sentence; ``None`` if it did not.
+        because_of: The failed cell that it needs; ``None`` if it ran.
+        seconds: Time spent, with loading.
+    """
+
+    kind: ClassVar[str] = "cell"
+
+    name: str
+    cell_kind: str
+    labels: dict[str, Any]
+    inputs: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    because_of: str | None = None
+    seconds: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        """Whether there is a result."""
+        return self.error is None
+
+
+def run_folder(study: Study, options: StudyOptions) -> Path:
+    """Where a study is kept."""
+    return Path(options.out) if options.out is not None else Path("runs") / study.name
+
+
+def cell_folder(run: Path, name: str) -> Path:
+    """The folder of one cell."""
+    return run / CELLS / name
+
+
+def read_cell(run: Path, name: str) -> CellRecord | None:
+    """The record of a cell; ``None`` if it is missing or cannot be read."""
+    try:
+        return read_record(cell_folder(run, name) / CELL_RECORD, CellRecord)
+    except UserError:
+        return None
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What became of a study.
+
+    Attributes:
+        study: At the size that was asked for.
+        folder: Of the run, with the tables in it.
+        records: Of the cells that were asked for, in their order.
+    """
+
+    study: Study
+    folder: Path
+    records: list[CellRecord]
+
+    @property
+    def failed(self) -> list[CellRecord]:
+        """Those that have no result."""
+        return [record for record in self.records if not record.done]

@@ -21,8 +21,7 @@ from flylora.errors import UserError
 from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.evaluation.retention import losses_of_items, retention
 from flylora.lab.study.config import PaperFigures, Study
-from flylora.lab.study.plan import plan
-from flylora.lab.study.record import EVAL_RECORD, CellRecord, cell_folder, read_cell
+from flylora.lab.study.plan import EVAL_RECORD, CellRecord, cell_folder, plan, read_cell
 from flylora.records import read_record
 
 LOWER_IS_BETTER = frozenset({"loss", "points_lost"})

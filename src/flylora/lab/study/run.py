@@ -15,8 +15,7 @@ from rich.console import Console
 from flylora.errors import UserError
 from flylora.lab.study.cells import Cache, run_cell
 from flylora.lab.study.config import Study, StudyOptions
-from flylora.lab.study.plan import Cell
-from flylora.lab.study.record import StudyResult, read_cell, run_folder
+from flylora.lab.study.plan import Cell, StudyResult, read_cell, run_folder
 from flylora.lab.study.study_file import planned
 from flylora.lab.study.tables import write_tables
 from flylora.lab.training.interrupt import TrainingInterrupted

@@ -15,7 +15,7 @@ from rich.text import Text
 from flylora.lab.show import figures as figures_table
 from flylora.lab.show import number
 from flylora.lab.study.config import Study, task_label
-from flylora.lab.study.record import StudyResult
+from flylora.lab.study.plan import StudyResult
 from flylora.lab.study.results import BASE_SEED, COUNTS, Condition, Figure, Results, collect, verdict
 from flylora.records import write_text
 

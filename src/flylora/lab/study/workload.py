@@ -17,8 +17,7 @@ from rich.text import Text
 from flylora.errors import UserError
 from flylora.lab.show import figures
 from flylora.lab.study.config import Study, StudyOptions
-from flylora.lab.study.plan import Cell
-from flylora.lab.study.record import read_cell, run_folder
+from flylora.lab.study.plan import Cell, read_cell, run_folder
 from flylora.lab.study.study_file import planned
 from flylora.lab.tasks import load_task, published_task_names
 
