@@ -50,7 +50,7 @@ def accuracies(study: Study, folder: Path) -> pd.DataFrame:
     rows = []
     for cell in plan(study):
         first = (next(iter(study.methods)), study.seeds[0])
-        if cell.kind == "eval" and (cell.method, cell.seed) in ((None, None), first):
+        if cell.kind == "eval" and (cell.method, cell.seed) in (("", None), first):
             try:
                 record = read_record(cell_folder(folder, cell.name) / EVAL_RECORD, EvalRecord)
             except UserError:

@@ -253,12 +253,12 @@ class Study:
         }
         return from_mapping(TrainConfig, settings, f"training {method} on {task}")
 
-    def eval_config(self, model: str, task: str, evaluation: str, merge: str | None = None) -> EvalConfig:
+    def eval_config(self, model: str, task: str, evaluation: str, merge: str = "") -> EvalConfig:
         """The evaluation of a base model, adapter or merge on one task; the adapter is filled in where it runs."""
         settings = {
             **self.evaluation,
             **self.tasks[task].evaluation,
-            **({} if merge is None else self.merges[merge].evaluation),
+            **(self.merges[merge].evaluation if merge else {}),
             **self._base_model(model),
             "task": self.tasks[task].evaluations[evaluation],
             "data_dir": self._data_dir(task),

@@ -30,7 +30,7 @@ class Cell:
         kind: ``train`` an adapter, ``choose`` a learning rate among trials, ``eval`` a model, ``merge`` adapters.
         config: Fields of that kind's config; folders are left to be filled in where it runs.
         needs: Names of the cells whose results this one uses, in the order in which it uses them.
-        model, method, task, evaluation, merge, seed: Where in the grid it is; ``None`` where that means nothing.
+        model, method, task, evaluation, merge, seed: Its part of the grid; empty or ``None`` where that means nothing.
         trial: Whether it belongs to the search for a learning rate.
     """
 
@@ -38,11 +38,11 @@ class Cell:
     kind: CellKind
     config: dict[str, Any]
     needs: tuple[str, ...] = ()
-    model: str | None = None
-    method: str | None = None
-    task: str | None = None
-    evaluation: str | None = None
-    merge: str | None = None
+    model: str = ""
+    method: str = ""
+    task: str = ""
+    evaluation: str = ""
+    merge: str = ""
     seed: int | None = None
     trial: bool = field(default=False, kw_only=True)
 
@@ -50,7 +50,7 @@ class Cell:
     def labels(self) -> dict[str, Any]:
         """Where in the grid it is."""
         names = ("model", "method", "task", "evaluation", "merge", "seed")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in names if getattr(self, name) not in ("", None)}
 
 
 def plan(study: Study) -> list[Cell]:
@@ -100,7 +100,7 @@ def _evaluations(
     """The evaluations of one model on some tasks; ``name`` has gaps for the labels of task and evaluation."""
     for task in tasks:
         for evaluation in study.tasks[task].evaluations:
-            config = study.eval_config(labels["model"], task, evaluation, labels.get("merge"))
+            config = study.eval_config(labels["model"], task, evaluation, labels.get("merge", ""))
             labels |= {"task": task, "evaluation": evaluation}
             yield _cell(name % (task, evaluation), "eval", config, needs, **labels)
 

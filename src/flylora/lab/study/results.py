@@ -122,21 +122,20 @@ def collect(study: Study, folder: Path) -> Results:
             results.failed.append(record)
             continue
         results.seconds += record.seconds
-        model, method, merge = cell.model or "", cell.method or "", cell.merge or ""
+        at = Condition(cell.model, cell.method, cell.merge, cell.task, cell.evaluation)
         if cell.kind == "choose":
-            results.rates[model, method] = record.result
+            results.rates[at.model, at.method] = record.result
         elif cell.kind == "train":
-            results.parameters[model, method] = {name: record.result.get(name) for name in COUNTS}
+            results.parameters[at.model, at.method] = {name: record.result.get(name) for name in COUNTS}
         elif cell.kind == "merge":
-            results.routed[model, method, merge] = record.result["routed"]
+            results.routed[at.model, at.method, at.merge] = record.result["routed"]
         elif not cell.trial:
             try:
                 evaluation = read_record(cell_folder(folder, cell.name) / EVAL_RECORD, EvalRecord)
             except UserError:
                 results.missing.append(cell.name)
                 continue
-            condition = Condition(model, method, merge, cell.task or "", cell.evaluation or "")
-            measured[condition][BASE_SEED if cell.seed is None else cell.seed] = evaluation
+            measured[at][BASE_SEED if cell.seed is None else cell.seed] = evaluation
             results.notes += [f"{cell.name}: {note}" for note in evaluation.notes]
     values = _values(measured)
     results.figures = [
@@ -260,7 +259,7 @@ def is_papers_setup(study: Study, stated: PaperFigures, at: Condition) -> bool:
     assert study.paper is not None
     setup = study.paper.setup
     training = dataclasses.asdict(study.train_config(at.model, at.method, at.task, study.seeds[0]))
-    evaluation = study.eval_config(at.model, at.task, at.evaluation, at.merge or None)
+    evaluation = study.eval_config(at.model, at.task, at.evaluation, at.merge)
     settings = {"train_limit": None, **setup.train, **setup.tasks.get(at.task, {})}
     return (
         setup.models.get(at.model) == study.models[at.model].name

@@ -82,8 +82,8 @@ def plan_study(options: StudyOptions) -> StudyPlan:
             {
                 "name": cell.name,
                 "step": _step(cell),
-                "method": cell.method or "",
-                "task": cell.merge or cell.task or "",
+                "method": cell.method,
+                "task": cell.merge or cell.task,
                 "done": int(done),
                 "failed": int(record is not None and not done),
                 "tokens": _tokens(cell, list(study.tasks), items),
@@ -116,13 +116,13 @@ class _Items(NamedTuple):
     generated: int = 0
 
 
-def _tokens(cell: Cell, tasks: list[str], items_of: Callable[[str, str | None], _Items]) -> float:
+def _tokens(cell: Cell, tasks: list[str], items_of: Callable[[str, str], _Items]) -> float:
     config = cell.config
     if cell.kind == "choose" or (cell.kind == "merge" and not config["calibrate"]):
         return 0.0
     if cell.kind == "merge":
-        return float(config["texts"] * config["rounds"] * sum(_least(items_of(task, None).tokens) for task in tasks))
-    items = items_of(cell.task or "", cell.evaluation)
+        return float(config["texts"] * config["rounds"] * sum(_least(items_of(task, "").tokens) for task in tasks))
+    items = items_of(cell.task, cell.evaluation)
     if cell.kind == "train":
         number = (config["epochs"] or 1.0) * _least(items.number, config["train_limit"])
         if config["steps"] is not None:
@@ -135,11 +135,11 @@ def _tokens(cell: Cell, tasks: list[str], items_of: Callable[[str, str | None], 
     return number * (length * items.readings + generated * config["samples"])
 
 
-def _items(study: Study, label: str, evaluation: str | None) -> _Items:
+def _items(study: Study, label: str, evaluation: str) -> _Items:
     """What the study states, else what the task and its data say if they are on this machine."""
     spec = study.tasks[label]
     number = spec.items.get(evaluation or "train")
-    name = spec.train if evaluation is None else spec.evaluations[evaluation]
+    name = spec.evaluations[evaluation] if evaluation else spec.train
     data_dir = spec.data_dir or study.data_dir
     try:
         task = load_task(name, data_dir)
@@ -148,11 +148,11 @@ def _items(study: Study, label: str, evaluation: str | None) -> _Items:
     # Without a folder published data would come from the hub, and a plan must not set off a download.
     if number is None and (data_dir is not None or task.name not in published_task_names()):
         model = next(iter(study.models))
-        split = "train" if evaluation is None else study.eval_config(model, label, evaluation).split
+        split = study.eval_config(model, label, evaluation).split if evaluation else "train"
         with suppress(UserError):
             number = len(task.examples(split))
-    readings = CHOICES if evaluation is not None and task.kind == "choice" else 1
-    generated = task.max_new_tokens if evaluation is not None and task.kind in ("generate", "code") else 0
+    readings = CHOICES if evaluation and task.kind == "choice" else 1
+    generated = task.max_new_tokens if evaluation and task.kind in ("generate", "code") else 0
     return _Items(number, spec.tokens or task.max_length, readings, generated)
 
 
