@@ -67,6 +67,11 @@ def changed(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("lr_search", {"task": "nothing", "rates": [1.0], "steps": 1}, "lr_search names 'nothing'"),
         ("lr_search", {"task": "vowels", "rates": [], "steps": 1}, "lr_search has the rates"),
         ("lr_search", {"task": "vowels", "rates": [0.1, 0.1], "steps": 1}, "lr_search has the rates"),
+        (
+            "lr_search",
+            {"task": "vowels", "rates": [0.1], "steps": 1, "settings": {"speed": 3}},
+            "Unknown key 'speed'",
+        ),
         ("overrides", [{"task": "nothing", "train": {"lr": 0.1}}], "overrides names 'nothing'"),
         (
             "paper",

@@ -144,13 +144,13 @@ def _choice(model: str, method: str) -> str:
 
 
 def _singles(study: Study, model: str, method: str, seed: int) -> Iterator[Cell]:
-    labels: dict[str, Any] = {"model": model, "method": method, "seed": seed}
+    folder = f"seed{seed}/{model}/{method}"
     for task in study.tasks:
-        folder = f"seed{seed}/{model}/{method}/{task}"
-        config = study.train_config(model, method, task, seed)
+        labels: dict[str, Any] = {"model": model, "method": method, "task": task, "seed": seed}
         needs = [_choice(model, method)] if study.is_searched(model, method, task) else []
-        yield _cell(f"{folder}/train", "train", config, needs, task=task, **labels)
-        yield from _evaluations(study, [task], f"seed{seed}/{model}/{method}/%s/eval-%s", [f"{folder}/train"], **labels)
+        name = f"{folder}/{task}/train"
+        yield _cell(name, "train", study.train_config(**labels), needs, **labels)
+        yield from _evaluations(study, [task], f"{folder}/%s/eval-%s", [name], **labels)
 
 
 def _merges(study: Study, model: str, method: str, seed: int) -> Iterator[Cell]:
