@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import table
 from flylora.adapter_folder import KINDS, read_adapter
 from flylora.lab.baselines.split_lora import SplitLoraConfig
 from flylora.lab.evaluation import EvalConfig, evaluate
@@ -103,16 +104,14 @@ def loss(setting: argparse.Namespace, method: str, name: str, config: MergeConfi
 
 def markdown(result: dict[str, Any]) -> str:
     """A table of norms and one of losses."""
-    methods, tasks = list(result["norms"]), result["tasks"]
-    lines = ["# Overshoot", "", result["about"], "", "| norm of the update | " + " | ".join(tasks) + " |"]
-    lines += ["| --- |" + " --- |" * len(tasks)]
-    for method in methods:
-        lines.append(f"| {method} | " + " | ".join(f"{value:.1f}" for value in result["norms"][method]) + " |")
-    lines += ["", f"| loss on {tasks[-1]} | " + " | ".join(methods) + " |", "| --- |" + " --- |" * len(methods)]
-    for name in dict.fromkeys(name for method in methods for name in result["losses"][method]):
-        losses = [result["losses"][method].get(name) for method in methods]
-        lines.append(f"| {name} | " + " | ".join("" if one is None else f"{one:.3f}" for one in losses) + " |")
-    return "\n".join(lines) + "\n"
+    tasks, losses = result["tasks"], result["losses"]
+    norms = [[method, *(f"{value:.1f}" for value in values)] for method, values in result["norms"].items()]
+    rows = [
+        [name, *(f"{measured[name]:.3f}" if name in measured else "" for measured in losses.values())]
+        for name in dict.fromkeys(name for measured in losses.values() for name in measured)
+    ]
+    tables = table(["norm of the update", *tasks], norms), table([f"loss on {tasks[-1]}", *losses], rows)
+    return "\n".join(["# Overshoot\n", f"{result['about']}\n", *tables])
 
 
 def main() -> None:
