@@ -189,21 +189,13 @@ def show_plan(plan: StudyPlan, console: Console | None = None) -> None:
         console.print(Text(f"  {cell.name}"), overflow="fold")
 
 
-_COUNTS = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
-_TIMES = {"days": 86400.0, "h": 3600.0, "min": 60.0}
-
-
-def _count(value: float) -> str:
-    return _with_unit(value, _COUNTS, ".3g", "")
-
-
-def _duration(seconds: float) -> str:
-    return _with_unit(seconds, _TIMES, ".1f", " s")
-
-
 def _with_unit(value: float, units: dict[str, float], digits: str, smallest: str) -> str:
     """A number with a unit, such as 1.2 M or 1.5 h."""
     if math.isnan(value):
         return "unknown"
     unit = next((unit for unit, size in units.items() if value >= size), None)
     return f"{value:.0f}{smallest}" if unit is None else f"{value / units[unit]:{digits}} {unit}"
+
+
+_count = partial(_with_unit, units={"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}, digits=".3g", smallest="")
+_duration = partial(_with_unit, units={"days": 86400.0, "h": 3600.0, "min": 60.0}, digits=".1f", smallest=" s")
