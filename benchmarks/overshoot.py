@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import table
-from flylora.adapter_folder import KINDS, read_adapter
+from flylora.adapter_folder import read_adapter
+from flylora.factors import KINDS
 from flylora.lab.baselines.split_lora import SplitLoraConfig
 from flylora.lab.evaluation import EvalConfig, evaluate
 from flylora.lab.merging import MergeConfig, merge_adapters

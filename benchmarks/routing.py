@@ -18,7 +18,7 @@ from benchmarks.measure import base_options, table, write
 from flylora import FlyLoraLinear
 from flylora.adapted import adapted
 from flylora.functional import add_expert_load, project, select
-from flylora.lab.data import CompletionCollator, encode_all
+from flylora.lab.data import collate, encode_all
 from flylora.lab.tasks import load_task
 from flylora.models import load_model
 
@@ -63,7 +63,7 @@ def main() -> None:
     task = load_task(options.task, options.data_dir)
     items = encode_all(task.examples("validation", limit=100), loaded.tokenizer, task.max_length).items
     shortest = sorted(items, key=lambda item: len(item.input_ids))[: options.items]
-    batch = CompletionCollator()([{"input_ids": item.input_ids, "labels": item.labels} for item in shortest])
+    batch = collate([{"input_ids": item.input_ids, "labels": item.labels} for item in shortest])
     del batch["labels"]
     with adapted(loaded, options.adapter) as (model, _):
         figures = routing_statistics(model, {name: tensor.to(options.device) for name, tensor in batch.items()})

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from flylora.adapted import base_of
 from flylora.errors import UserError
@@ -42,11 +43,7 @@ def gather(
     Args:
         model: In evaluation mode.
         accumulators: What takes the inputs of a module, by the module's name in the base model.
-        rows: The texts.
-        tokens: Which positions count.
         parts: The texts are dealt out to so many parts of like length, so that one can test what another has fitted.
-        batch_size: Texts per forward pass.
-        quiet: Show no progress.
 
     Returns:
         How many tokens count in each part, (parts,) float64.
@@ -85,8 +82,7 @@ def _counted(batch: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
     """Which positions of a batch count, (batch, longest) bool."""
     real = batch["attention_mask"].bool()
     # The position before a labelled token is the one that predicts it.
-    answer = torch.zeros_like(real)
-    answer[:, :-1] = batch["labels"][:, 1:] != IGNORED
+    answer = pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
     return {"all": real, "answer": real & answer, "prompt": real & ~answer}[tokens]
 
 

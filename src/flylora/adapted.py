@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from flylora.adapter_folder import read_config
+from flylora.adapter_folder import WEIGHTS_FILE, read_config
 from flylora.errors import UserError
 from flylora.models import LoadedModel, first_line, take_off
 from flylora.records import TRAIN_RECORD, adapter_fingerprint
@@ -33,37 +33,23 @@ def adapted(loaded: LoadedModel, folder: Path) -> Iterator[tuple[PeftModel, str]
     """
     read_config(folder)
     fingerprint = adapter_fingerprint(folder)
-    with _explaining_misfit(loaded, folder):
-        model = _made(loaded, folder)
+    # Making the adapter and filling it are two steps, unlike in ``PeftModel.from_pretrained``, so that it can be taken
+    # off a model that its values do not fit.
+    with _explaining_misfit(loaded, folder), torch.random.fork_rng():
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        # PEFT would warn that the base has another name; whether it is another one shows in hash and shapes.
+        config.base_model_name_or_path = None
+        model = get_peft_model(loaded.model, config)
     try:
-        with _explaining_misfit(loaded, folder):
-            _fill(model, folder)
+        with _explaining_misfit(loaded, folder), warnings.catch_warnings():
+            # _check_fit turns this warning into an error that names the base model.
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            model.load_adapter(str(folder), model.active_adapter)
         _check_fit(model, loaded, folder)
-        yield model, fingerprint
+        yield model.eval(), fingerprint
     finally:
         take_off(model)
-
-
-def _made(loaded: LoadedModel, folder: Path) -> PeftModel:
-    """The model with an adapter of the right form, not yet its values.
-
-    Making and filling it are two steps, unlike in ``PeftModel.from_pretrained``, so that it can be taken off a model
-    that its values do not fit.
-    """
-    config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = True
-    # PEFT would warn that the base has another name; whether it is another one shows in hash and shapes.
-    config.base_model_name_or_path = None
-    with torch.random.fork_rng():
-        return get_peft_model(loaded.model, config)
-
-
-def _fill(model: PeftModel, folder: Path) -> None:
-    with warnings.catch_warnings():
-        # _check_fit turns this warning into an error that names the base model.
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")
-        model.load_adapter(str(folder), model.active_adapter)
-    model.eval()
 
 
 @contextmanager
@@ -73,21 +59,17 @@ def _explaining_misfit(loaded: LoadedModel, folder: Path) -> Iterator[None]:
     except UserError:
         raise
     except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        # torch lists every tensor of the wrong shape, one a line under a heading; one is enough.
+        mismatches = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        reason = mismatches[0].rstrip(".") if mismatches else first_line(error)
         raise UserError(
-            f"The adapter in {folder} does not fit the base model {loaded.source} ({_essence(error)}): give the base "
-            "model it was trained on."
+            f"The adapter in {folder} does not fit the base model {loaded.source} ({reason}): give the base model it "
+            "was trained on."
         ) from error
 
 
-def _essence(error: Exception) -> str:
-    # torch lists every tensor of the wrong shape, one a line under a heading; one is enough.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    mismatches = [line for line in lines if "size mismatch" in line]
-    return mismatches[0].rstrip(".") if mismatches else first_line(error)
-
-
 def _check_fit(model: PeftModel, loaded: LoadedModel, folder: Path) -> None:
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
         stored = set(file.keys())
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     for names, what in ((stored - expected, "no module for"), (expected - stored, "no value for")):

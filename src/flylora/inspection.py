@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flylora.adapter_folder import WEIGHTS_FILE, ModuleFactors, SavedAdapter, read_adapter
+from flylora.adapter_folder import WEIGHTS_FILE, SavedAdapter, read_adapter
 from flylora.errors import UserError
 from flylora.tuner.config import FlyLoraConfig
 
@@ -78,12 +78,9 @@ class AdapterSummary:
 
 
 def inspect(path: str | Path) -> AdapterSummary:
-    """Read an adapter folder and check its projections.
+    """Read the folder ``path`` of a saved adapter and check its projections.
 
         flylora.inspect("runs/capitals").intact
-
-    Args:
-        path: Folder of a saved adapter.
 
     Raises:
         UserError: the folder is no readable adapter.
@@ -120,26 +117,22 @@ def _settings(adapter: SavedAdapter) -> dict[str, Any]:
 
 def _summarise(adapter: SavedAdapter, name: str, shares: list[float] | None) -> ModuleSummary:
     factors = adapter.small(name)
-    n = adapter.in_features(name)
+    intact: bool | None = None if factors.in_features is None else True
+    try:
+        if intact and factors.blocks:  # others have an A of their own in the file
+            factors.projections()
+    except UserError:
+        intact = False
     return ModuleSummary(
         name=name,
-        shape=(adapter.out_features(name), n),
+        shape=(factors.out_features, factors.in_features),
         r=factors.rank,
         k=sum(min(block.k, block.r) for block in factors.routing),
         seeds=factors.identity.seeds,
-        fingerprint_ok=None if n is None else _is_as_trained(factors),
+        fingerprint_ok=intact,
         bias_steps=(int(factors.steps.min()), int(factors.steps.max())),
         load=ExpertLoad.of(shares) if shares else None,
     )
-
-
-def _is_as_trained(factors: ModuleFactors) -> bool:
-    try:
-        if factors.blocks:  # others have an A of their own in the file
-            factors.projections()
-    except UserError:
-        return False
-    return True
 
 
 def _read_loads(folder: Path) -> dict[str, list[float]]:

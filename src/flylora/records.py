@@ -1,9 +1,7 @@
 """Records and the safe way to write files.
 
-A record is what a command did, as JSON that describes itself: settings, results and where they came from. It is a
-dataclass that names its kind and version. Reading refuses a record that a newer version of the package wrote.
-
-Files and folders are written whole or not at all, and an old one goes only when the new one is complete.
+A record is what a command did, as JSON that describes itself: settings, results and where they came from. Files and
+folders are written whole or not at all, and an old one goes only when the new one is complete.
 """
 
 from __future__ import annotations
@@ -45,13 +43,11 @@ class Provenance:
 
     Attributes:
         versions: Version of each library that shapes a result; a library that is not installed is left out.
-        git_commit: Commit of flylora's own checkout; ``None`` for an installed package.
-        git_dirty: Whether that checkout held uncommitted changes; ``None`` for an installed package.
+        git_commit, git_dirty: Of flylora's own checkout, and whether it held uncommitted changes; ``None`` for an
+            installed package.
         seeds: Every seed, by what it is for.
-        data_sha256: Hash of the examples of each split used.
-        model_sha256: Hash of the weight files of the base model.
-        started: When the command began, ISO 8601 in UTC.
-        finished: When it ended; ``None`` while it runs.
+        data_sha256, model_sha256: Of the examples of each split used, and of the weight files of the base model.
+        started, finished: ISO 8601 in UTC; ``None`` while it runs.
     """
 
     versions: dict[str, str]
@@ -100,16 +96,15 @@ def own_commit() -> tuple[str | None, bool | None]:
     # A package installed inside somebody else's repository must not report that repository's commit.
     if not (root / ".git").exists() or not (root / "pyproject.toml").exists():
         return None, None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
     try:
-        commit = _git(root, "rev-parse", "HEAD")
-        return commit, bool(_git(root, "status", "--porcelain"))
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
     except (OSError, subprocess.SubprocessError):
         return None, None
-
-
-def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
 
 def file_sha256(*paths: Path) -> str:
@@ -173,48 +168,36 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def from_json(text: str, cls: type[R], source: str = "the record") -> R:
-    """A record of class ``cls`` from its JSON.
-
-    Args:
-        text: What ``to_json`` gave.
-        cls: The class the record must be of.
-        source: What to call the text in errors.
+def read_record(path: Path, cls: type[R]) -> R:
+    """A record of class ``cls`` from its file.
 
     Raises:
-        UserError: The text is not JSON, of another kind, of a newer version, or has missing or unknown fields.
+        UserError: The file is missing, no JSON, of another kind or a newer version, or has missing or unknown fields.
     """
     try:
-        body = json.loads(text)
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"There is no {cls.kind} record {path}: check the path.") from None
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{source} is not valid JSON ({error}): it may have been cut off or edited, so make it again."
+            f"{path} is not valid JSON ({error}): it may have been cut off or edited, so make it again."
         ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): check the file and its permissions.") from error
     if not isinstance(body, dict) or body.pop("kind", None) != cls.kind:
-        raise UserError(f"{source} is not a {cls.kind} record: give a file that flylora wrote for that purpose.")
+        raise UserError(f"{path} is not a {cls.kind} record: give a file that flylora wrote for that purpose.")
     version = body.pop("version", None)
     if not isinstance(version, int) or version > cls.version:
         raise UserError(
-            f"{source} is a {cls.kind} record of version {version}, and this flylora reads up to version "
-            f"{cls.version}: upgrade flylora to read it."
+            f"{path} is a {cls.kind} record of version {version}, and this flylora reads up to version {cls.version}: "
+            "upgrade flylora to read it."
         )
     try:
         return cls(**{**body, "provenance": Provenance(**body["provenance"])})
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{source} has missing or unknown fields ({error}): it was edited, or written by another tool."
+            f"{path} has missing or unknown fields ({error}): it was edited, or written by another tool."
         ) from error
-
-
-def read_record(path: Path, cls: type[R]) -> R:
-    """A record from its file; raises ``UserError`` if the file is missing or cannot be read."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"There is no {cls.kind} record {path}: check the path.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): check the file and its permissions.") from error
-    return from_json(text, cls, str(path))
 
 
 def write_record(record: Record, path: Path) -> None:
@@ -244,10 +227,6 @@ def write_text(path: Path, text: str) -> None:
 def new_folder(path: str | Path, overwrite: bool = False, mark: str = "adapter_config.json") -> Iterator[Path]:
     """A temporary folder next to ``path``: it gets that name if the block succeeds, and is removed otherwise.
 
-    Args:
-        path: The folder to make. overwrite: Replace a folder of that name.
-        mark: A file that a folder must hold to be replaced, so that no other folder is lost by mistake.
-
     Raises:
         UserError: ``path`` may not be written, see [`refuse_existing`], or cannot be.
     """
@@ -260,7 +239,7 @@ def new_folder(path: str | Path, overwrite: bool = False, mark: str = "adapter_c
             os.umask(mask)
             partial.chmod(0o777 & ~mask)  # mkdtemp makes folders for their owner alone
             yield partial
-            replace_folder(partial, path)
+            _replace(partial, path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -279,7 +258,9 @@ def _parents_of(path: Path) -> Iterator[None]:
 
 
 def refuse_existing(path: Path, overwrite: bool, mark: str = "adapter_config.json") -> None:
-    """Checks that a folder may be written: it is new or empty, or holds ``mark`` and ``overwrite`` is set.
+    """Checks that a folder may be written: it is new or empty, or holds the file ``mark`` and ``overwrite`` is set.
+
+    The mark saves other folders from being replaced by mistake.
 
     Raises:
         UserError: ``path`` is a file, or a folder that may not be replaced.
@@ -296,7 +277,7 @@ def refuse_existing(path: Path, overwrite: bool, mark: str = "adapter_config.jso
         raise UserError(f"{path} holds no {mark}, so it is not overwritten: choose another output.")
 
 
-def replace_folder(new: Path, path: Path) -> None:
+def _replace(new: Path, path: Path) -> None:
     """Renames ``new`` to ``path``; a folder already there is removed only afterwards, and put back on failure."""
     if not path.exists():
         new.rename(path)
@@ -323,16 +304,14 @@ def progress(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[f
 def saving(path: Path) -> Iterator[None]:
     """Turns the ways in which a file cannot be saved into one sentence.
 
-    safetensors and torch raise errors of their own when the disk is full, which only their text tells apart.
-
     Raises:
         UserError: No space is left, or ``path`` is not writable.
     """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        if isinstance(error, UserError):
-            raise
         if is_disk_full(error):
             raise UserError(
                 f"No space is left on the disk for {path}: free some and run the same command again."

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from flylora.errors import UserError
@@ -42,12 +43,8 @@ Text = str | tuple[str, str] | Encoded
 def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, chat_template: bool = False) -> list[int]:
     """The ids a completion follows: with the tokenizer's own beginning-of-sequence token, if it adds one.
 
-    An empty prompt is that token alone, if there is one, so that the first token of the completion can be learnt.
-
-    Args:
-        prompt: The prompt of an example.
-        tokenizer: The model's tokenizer.
-        chat_template: Whether the prompt becomes a user's turn, followed by the opening of the assistant's.
+    An empty prompt is that token alone, if there is one, so that the first token of the completion can be learnt. With
+    ``chat_template`` the prompt becomes a user's turn, followed by the opening of the assistant's.
 
     Raises:
         UserError: A chat template is asked for and the tokenizer has none.
@@ -133,11 +130,6 @@ def encode_texts(texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, max_
     A longer text is cut at ``max_length`` tokens. A pair first loses the beginning of its prompt, so that the answer
     stays; a pair whose completion alone is too long keeps its beginning as a plain text.
 
-    Args:
-        texts: See [`Text`].
-        tokenizer: The model's tokenizer.
-        max_length: Tokens of a text that are kept.
-
     Raises:
         UserError: An entry is something else.
     """
@@ -203,16 +195,15 @@ def read_text_file(path: str | Path) -> list[str | tuple[str, str]]:
 
 def _json_text(path: Path, number: int, line: str) -> str | tuple[str, str]:
     try:
-        body: Any = json.loads(line)
+        match json.loads(line):
+            case (str() as text) | {"text": str() as text}:
+                return text
+            case {"prompt": str() as prompt, "completion": str() as completion}:
+                return prompt, completion
+            case {"prompt": str() as prompt}:
+                return prompt
     except json.JSONDecodeError as error:
         raise UserError(f"Line {number} of {path} is not valid JSON ({error}): correct it.") from error
-    match body:
-        case (str() as text) | {"text": str() as text}:
-            return text
-        case {"prompt": str() as prompt, "completion": str() as completion}:
-            return prompt, completion
-        case {"prompt": str() as prompt}:
-            return prompt
     raise UserError(
         f"Line {number} of {path} is neither a string nor an object with the key 'text', or 'prompt' (and perhaps "
         "'completion'): correct it."
@@ -238,30 +229,19 @@ def hold_out(rows: Sequence[Encoded], fit: int, held_out: int, seed: int) -> tup
 # --- batches -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class CompletionCollator:
-    """Pads a batch on the right.
+def collate(batch: Sequence[Mapping[str, Any]], pad_id: int = 0) -> dict[str, torch.Tensor]:
+    """Ids and labels -> ``input_ids``, ``labels`` and ``attention_mask``, each (batch, longest), int64.
 
-    The padding id is only a placeholder: masks and labels come from the lengths, so it may equal the
-    end-of-sequence id, and a tokenizer without one needs nothing set.
+    It pads on the right. Masks and labels come from the lengths, so ``pad_id`` may equal the end-of-sequence id, and a
+    tokenizer without a padding token needs nothing set.
     """
-
-    pad_id: int = 0
-
-    def __call__(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Ids and labels -> ``input_ids``, ``labels`` and ``attention_mask``, each (batch, longest), int64."""
-        lengths = [len(item["input_ids"]) for item in batch]
-        shape = (len(lengths), max(lengths))
-        out = {
-            "input_ids": torch.full(shape, self.pad_id),
-            "labels": torch.full(shape, IGNORED),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-        }
-        for row, (item, length) in enumerate(zip(batch, lengths, strict=True)):
-            out["input_ids"][row, :length] = torch.as_tensor(item["input_ids"])
-            out["labels"][row, :length] = torch.as_tensor(item["labels"])
-            out["attention_mask"][row, :length] = 1
-        return out
+    ids = [torch.as_tensor(item["input_ids"]) for item in batch]
+    labels = [torch.as_tensor(item["labels"]) for item in batch]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+    }
 
 
 def batches(
@@ -269,15 +249,10 @@ def batches(
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """Padded batches of rows of like length, longest first, so that a batch too large for memory fails at once.
 
-    Args:
-        rows: The texts.
-        batch_size: Rows in a batch.
-        device: Where the tensors go.
-
     Returns:
-        For each batch the positions of its rows in ``rows``, and what [`CompletionCollator`] makes of them.
+        For each batch the positions of its rows in ``rows``, and what [`collate`] makes of them, on ``device``.
     """
-    collate, order = CompletionCollator(), sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         yield chosen, {key: value.to(device) for key, value in collate([vars(rows[i]) for i in chosen]).items()}

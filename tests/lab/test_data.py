@@ -14,8 +14,8 @@ from flylora.lab.data import encode, encode_all, sorted_micro_batches
 from flylora.lab.tasks import Example
 from flylora.texts import (
     IGNORED,
-    CompletionCollator,
     Encoded,
+    collate,
     encode_completion,
     encode_prompt,
     end_token_id,
@@ -167,7 +167,7 @@ def _tokenizers() -> Iterator[PreTrainedTokenizerFast]:
 def test_a_batch_trains_exactly_what_its_items_do_whatever_the_padding(tokenizer: PreTrainedTokenizerFast) -> None:
     items = encode_all([EXAMPLE, Example("f", "p", "c", "c")], tokenizer, 99).items
     rows = [{"input_ids": item.input_ids, "labels": item.labels} for item in items]
-    batch = CompletionCollator(0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id)(rows)
+    batch = collate(rows, 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
     assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == dict.fromkeys(
         ("input_ids", "labels", "attention_mask"), (2, len(items[0].input_ids))
     )
@@ -184,8 +184,8 @@ def test_padding_changes_no_loss() -> None:
     items = encode_all([EXAMPLE, Example("f", "p", "c", "c")], tokenizer, 99).items
     rows = [{"input_ids": item.input_ids, "labels": item.labels} for item in items]
     with torch.no_grad():
-        alone = [model(**CompletionCollator()([row])).loss.item() for row in rows]
-        together = model(**CompletionCollator(7)(rows)).loss.item()
+        alone = [model(**collate([row])).loss.item() for row in rows]
+        together = model(**collate(rows, 7)).loss.item()
     trained = [sum(label != IGNORED for label in item.labels) for item in items]
     assert together == pytest.approx(sum(a * t for a, t in zip(alone, trained, strict=True)) / sum(trained), rel=1e-5)
 
@@ -199,7 +199,7 @@ def test_micro_batches_hold_the_same_rows_with_less_padding(sizes: tuple[int, ..
         for length in [next(lengths) for _ in range(size)]:
             ids = list(range(10 * length, 11 * length))
             rows.append({"input_ids": ids, "labels": [IGNORED, *ids[1:]]})
-        batches.append(CompletionCollator()(rows))
+        batches.append(collate(rows))
 
     def cells(batches: list[dict[str, torch.Tensor]]) -> int:
         return sum(batch["labels"].numel() for batch in batches)

@@ -8,10 +8,11 @@ from peft import PeftModel
 from torch import Tensor
 
 from flylora.activations import Accumulator, gather
-from flylora.adapter_folder import ModuleFactors, SavedAdapter
+from flylora.adapter_folder import SavedAdapter
 from flylora.errors import UserError
 from flylora.export.linear import LinearFactors, Moments, linear_factors
 from flylora.export.options import ExportOptions, Method
+from flylora.factors import ModuleFactors
 from flylora.texts import Encoded
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from flylora.activations import wide
-from flylora.adapter_folder import ModuleFactors
 from flylora.export.options import Method
+from flylora.factors import ModuleFactors
 from flylora.functional import Block
 from flylora.least_squares import cut_rank, solve_ridge
 from flylora.merging.methods import linear_share

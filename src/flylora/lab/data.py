@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flylora.errors import UserError
 from flylora.lab.tasks.base import Example
-from flylora.texts import IGNORED, CompletionCollator, Encoded, encode_pair
+from flylora.texts import IGNORED, Encoded, collate, encode_pair
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def sorted_micro_batches(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[
     """The rows of some padded batches, dealt out again longest first, so that rows of like length share a batch.
 
     Args:
-        batches: Each as ``CompletionCollator`` gives it: tensors (rows, longest), padded on the right.
+        batches: Each as ``collate`` gives it: tensors (rows, longest), padded on the right.
 
     Returns:
         As many batches of the same sizes with the same rows, each padded only to its own longest row. A loss that is
@@ -92,6 +92,6 @@ def sorted_micro_batches(batches: Sequence[Mapping[str, torch.Tensor]]) -> list[
         for batch in batches
         for row, length in enumerate(batch["attention_mask"].sum(1).tolist())
     ]
-    longest_first, collate = iter(sorted(rows, key=lambda row: -len(row["labels"]))), CompletionCollator()
+    longest_first = iter(sorted(rows, key=lambda row: -len(row["labels"])))
     dealt = [collate([next(longest_first) for _ in batch["labels"]]) for batch in batches]
     return [{name: tensor.to(batches[0]["labels"].device) for name, tensor in batch.items()} for batch in dealt]

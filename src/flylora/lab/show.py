@@ -16,8 +16,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from flylora.adapter_folder import KINDS
 from flylora.export.record import ExportRecord
+from flylora.factors import KINDS
 from flylora.inspection import AdapterSummary
 from flylora.lab.evaluation.harness import HarnessRecord
 from flylora.lab.evaluation.record import EvalRecord

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from flylora import activations
 from flylora.activations import Accumulator, Tokens, wide
-from flylora.adapter_folder import ModuleFactors
 from flylora.errors import UserError
+from flylora.factors import ModuleFactors
 from flylora.merging.layout import Layout
 from flylora.records import saving
 from flylora.texts import Encoded

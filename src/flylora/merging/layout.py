@@ -14,8 +14,9 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from flylora.adapter_folder import ModuleFactors, SavedAdapter
+from flylora.adapter_folder import SavedAdapter
 from flylora.errors import UserError
+from flylora.factors import ModuleFactors
 from flylora.projection import Identity, NonZeros, Projection, derive_seed, draw_blocks, sparsify, stack_blocks
 from flylora.tuner.config import BlockConfig, FlyLoraConfig
 

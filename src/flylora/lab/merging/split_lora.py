@@ -8,22 +8,14 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 
-from flylora.adapter_folder import KINDS, Kind, SavedAdapter
+from flylora.adapter_folder import SavedAdapter
 from flylora.errors import UserError
+from flylora.factors import KINDS, Kind
 from flylora.lab.baselines.split_lora import SplitLoraConfig
 from flylora.merging.engine import RESULTS, Result
 from flylora.merging.layout import ModuleLayout
 from flylora.merging.options import MergeOptions
 from flylora.merging.table import Method
-
-
-def _shapes(config: SplitLoraConfig, module: str) -> dict[str, tuple[int | None, ...]]:
-    return {
-        "splitlora_A": (config.r, None),
-        "splitlora_B": (None, config.r),
-        "splitlora_router": (config.experts, None),
-    }
-
 
 SPLIT_LORA = Kind(
     name="splitlora",
@@ -31,8 +23,8 @@ SPLIT_LORA = Kind(
     config=SplitLoraConfig,
     up="splitlora_B",
     down="splitlora_A",
-    tensors={"splitlora_A": "F", "splitlora_B": "F", "splitlora_router": "F"},
-    shapes=_shapes,
+    tensors={"splitlora_A": "F r n", "splitlora_B": "F m r", "splitlora_router": "F e n"},
+    sizes=lambda config, module: {"r": config.r, "e": config.experts},
     scaling=lambda config, module, rank: float(config.scaling),
 )
 

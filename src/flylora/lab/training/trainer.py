@@ -22,7 +22,7 @@ from flylora.lab.training.config import TrainConfig
 from flylora.lab.training.methods import Setup
 from flylora.lab.training.run_folder import RunFolder
 from flylora.models import LoadedModel, first_line
-from flylora.texts import IGNORED, CompletionCollator
+from flylora.texts import IGNORED, collate
 
 
 class Prepared(NamedTuple):
@@ -98,7 +98,7 @@ def make_trainer(prepared: Prepared, total_steps: int, callback: RunCallback) ->
         trainer = AdapterTrainer(
             model=setup.model,
             args=_arguments(prepared.config, prepared.folder, prepared.loaded, total_steps),
-            data_collator=CompletionCollator(),
+            data_collator=collate,
             train_dataset=_dataset(prepared.train_set),
             eval_dataset=None if validation is None else _dataset(validation),
             processing_class=prepared.loaded.tokenizer,
