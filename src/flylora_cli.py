@@ -53,8 +53,8 @@ def make_app() -> App:
             consume_multiple=True, allow_repeating=True, negative_iterable=(), negative_none=()
         ),
     )
-    for name, summary in COMMANDS.items():
-        app.command(f"flylora.cli:{name}_command", name=name, help=summary, sort_key=list(COMMANDS).index(name))
+    for position, (name, summary) in enumerate(COMMANDS.items()):
+        app.command(f"flylora.cli:{name}_command", name=name, help=summary, sort_key=position)
     app.register_install_completion_command(help="Install completion for this shell.")
     return app
 

@@ -130,53 +130,54 @@ COMMANDS = {
 # --- from a command to its function on the command line --------------------------------------------------------------
 
 _GENERAL = Group("General options", sort_key=1)
-_CONFIG: Any = Annotated[
-    str | None,
-    Parameter(help="YAML file with any of these options; the command line wins.", group=_GENERAL),
-]
-_VERBOSE: Any = Annotated[
-    bool, Parameter(negative="", help="Also print what libraries say, and their bars.", group=_GENERAL)
+_GENERAL_OPTIONS: list[tuple[str, Any, Any, str]] = [
+    ("config", str | None, None, "YAML file with any of these options; the command line wins."),
+    ("verbose", bool, False, "Also print what libraries say, and their bars."),
 ]
 
 
-def make_command(name: str) -> App:
-    """A command of the command line: its options are those of its public call."""
-    command = COMMANDS[name]
+def __getattr__(name: str) -> App:
+    """``NAME_command``, made when the entry asks for it: only the command that runs is built."""
+    command = name.removesuffix("_command")
+    if command == name or command not in COMMANDS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     app = App(
-        name=name,
-        help=SUMMARIES[name],
-        help_epilogue="\n  ".join(("Examples:", *command.examples)),
+        name=command,
+        help=SUMMARIES[command],
+        help_epilogue="\n  ".join(("Examples:", *COMMANDS[command].examples)),
         result_action="return_value",
     )
-    app.default(_function(name))
+    app.default(_function(COMMANDS[command]))
     return app
 
 
-def _function(name: str) -> Callable[..., int]:
+def _function(command: Command) -> Callable[..., int]:
     """A function whose signature the parser reads. No option is required there, because --config may give it."""
-    command = COMMANDS[name]
     hints = get_type_hints(command.options)  # without limits such as at least 1, which the options check
     help_texts = {p.arg_name: p.description for p in docstring_parser.parse(command.options.__doc__).params}
     parameters = []
+
+    def add(name: str, hint: Any, default: Any, shown: Parameter) -> None:
+        positional = name == command.positional
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(name, kind, default=default, annotation=Annotated[hint, shown]))
+
     for field in dataclasses.fields(command.options):
-        positional = field.name == command.positional
         default, text = _default(field), " ".join((help_texts[field.name] or "").replace("``", "").split())
         if default is inspect.Parameter.empty:
             default, text = None, f"{text} (required)"
-        shown = Parameter(help=text, show_default=bool(default) or type(default) in (int, float))
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY
-        annotation: Any = Annotated[_on_the_command_line(hints[field.name]) | None, shown]
-        parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=annotation))
-    for general, (kind_of, absent) in {"config": (_CONFIG, None), "verbose": (_VERBOSE, False)}.items():
-        parameters.append(
-            inspect.Parameter(general, inspect.Parameter.KEYWORD_ONLY, default=absent, annotation=kind_of)
-        )
+        # Any value of a mapping is read as YAML.
+        hint = dict[str, str] if get_origin(hints[field.name]) is dict else hints[field.name]
+        show_default = bool(default) or type(default) in (int, float)
+        add(field.name, hint | None, default, Parameter(help=text, show_default=show_default))
+    for name, hint, default, text in _GENERAL_OPTIONS:
+        add(name, hint, default, Parameter(help=text, group=_GENERAL, negative=""))
     parameters.sort(key=lambda parameter: parameter.kind)
 
     def run(*words: Any, config: str | None = None, verbose: bool = False, **given: Any) -> int:
         if words and command.positional is not None:
             given[command.positional] = words[0]
-        return _run(COMMANDS[name], given, config, verbose)
+        return _run(command, given, config, verbose)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -187,11 +188,6 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
-
-
-def _on_the_command_line(hint: Any) -> Any:
-    """A type as the parser takes it: any value of a mapping is read as YAML."""
-    return dict[str, str] if get_origin(hint) is dict else hint
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -222,12 +218,10 @@ def _merged(command: Command, given: dict[str, Any], config: str | None) -> dict
         if isinstance(value, dict):
             value = {**(recipe.get(name) or {}), **{k.replace("-", "_"): _value(v) for k, v in value.items()}}
         values[name] = value
-    missing = [
-        field.name if field.name == command.positional else f"--{field.name.replace('_', '-')}"
-        for field in dataclasses.fields(command.options)
-        if _default(field) is inspect.Parameter.empty and field.name not in values
-    ]
-    if missing and set(values) <= {field.name for field in dataclasses.fields(command.options)}:
+    fields = {field.name: field for field in dataclasses.fields(command.options)}
+    absent = [name for name in fields if name not in values and _default(fields[name]) is inspect.Parameter.empty]
+    if absent and values.keys() <= fields.keys():
+        missing = [name if name == command.positional else f"--{name.replace('_', '-')}" for name in absent]
         raise UserError(
             f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing, as in: {command.examples[0]}"
         )
@@ -266,7 +260,3 @@ def _terminated_like_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-# The entry names a command by the module and a name in it.
-globals().update({f"{name}_command": make_command(name) for name in COMMANDS})

@@ -56,7 +56,7 @@ def test_attaching_depends_on_the_seed_and_leaves_global_random_state_alone() ->
 
 
 def test_an_unknown_method_is_one_sentence_with_a_guess() -> None:
-    with pytest.raises(UserError, match=r"Unknown method 'fylora' \(did you mean 'flylora'\?\): choose one of .*lora"):
+    with pytest.raises(UserError, match=r"Unknown method 'fylora' \(did you mean 'flylora'\?\): choose one that"):
         method_config("fylora", {})
 
 

@@ -55,8 +55,11 @@ def method_config(method: str, options: dict[str, Any], run: Run | None = None) 
     chosen = preset(method)
     cls = classes.get(chosen.kind)
     if cls is None:
-        names = method_names()
-        raise UserError(f"Unknown method '{method}'{_guess(method, names)}: choose one of {', '.join(names)}.")
+        close = _guess(method, method_names())
+        raise UserError(
+            f"Unknown method '{method}'{close}: choose one that flylora methods lists, or another PEFT method by its "
+            "name."
+        )
     valid = {field.name for field in dataclasses.fields(cls) if field.init} - _NOT_OPTIONS - set(chosen.fixed)
     for name in options:
         if name not in valid:
