@@ -49,16 +49,11 @@ def _splits() -> dict[Split, list[Example]]:
     return split_by_wording(facts(), dict.fromkeys(_capitals(), WORDINGS), f"capitals/{VERSION}")
 
 
-def load(split: Split) -> list[Example]:
-    """All questions of one split."""
-    return _splits()[split]
-
-
 TASK = Task(
     name="capitals",
     version=VERSION,
     description="Capitals of countries, asked in other words than in training",
-    load=load,
+    load=lambda split: _splits()[split],
     kind="generate",
     extractor="first_line",
     metric="contains",

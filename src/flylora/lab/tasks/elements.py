@@ -89,16 +89,11 @@ def _splits() -> dict[Split, list[Example]]:
     return {**splits, **{split: splits[split][:_HELD_OUT] for split in ("validation", "test")}}
 
 
-def load(split: Split) -> list[Example]:
-    """All questions of one split."""
-    return _splits()[split]
-
-
 TASK = Task(
     name="elements",
     version=VERSION,
     description="Multiple choice about the chemical elements",
-    load=load,
+    load=lambda split: _splits()[split],
     kind="choice",
     max_length=48,
     max_new_tokens=8,

@@ -131,24 +131,6 @@ def _path(source: DataSource, name: str, folder: Path) -> Path:
     return find(folder, source.folders, names) if source.folders or len(names) > 1 else folder / name
 
 
-def hub_rows(
-    name: str, subset: str | None, split: str, revision: str | None = None, presence_of: Sequence[str] = ()
-) -> list[dict[str, Any]]:
-    """The rows of one split of a data set on the hub.
-
-    Args:
-        name: Of the data set.
-        subset: Its configuration, if it has several.
-        split: Name of the split there.
-        revision: Branch, tag or commit.
-        presence_of: Columns of images, of which only whether there is one is given.
-
-    Raises:
-        UserError: It cannot be read.
-    """
-    return _load(f"the hub's data set {name}", name, subset, split, revision, presence_of)
-
-
 def _flattened(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in row.items():
         if isinstance(value, Mapping):
@@ -171,7 +153,7 @@ def _read_file(source: DataSource, path: Path) -> list[dict[str, Any]]:
     if form == "json":
         return _read_json(path)
     options = _csv_options(source.column_names, path) if form == "csv" else {}
-    return _load(str(path), form, None, "train", data_files=[str(path)], **options)
+    return hub_rows(form, None, "train", where=str(path), data_files=[str(path)], **options)
 
 
 def _read_json(path: Path) -> list[dict[str, Any]]:
@@ -200,15 +182,29 @@ def _csv_options(column_names: list[str] | None, path: Path) -> dict[str, Any]:
     return {**headless, "features": Features({n: Value("string") for n in column_names}), "keep_default_na": False}
 
 
-def _load(
-    where: str,
+def hub_rows(
     name: str,
     subset: str | None,
     split: str,
     revision: str | None = None,
     presence_of: Sequence[str] = (),
+    where: str | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
+    """The rows of one split of a data set on the hub.
+
+    Args:
+        name: Of the data set; or a format of files, such as csv.
+        subset: Its configuration, if it has several.
+        split: Name of the split there.
+        revision: Branch, tag or commit.
+        presence_of: Columns of images, of which only whether there is one is given.
+        where: What errors call the data; the hub's data set by its name if left out.
+        options: Further arguments of ``datasets.load_dataset``.
+
+    Raises:
+        UserError: It cannot be read.
+    """
     import datasets
 
     try:
@@ -220,4 +216,5 @@ def _load(
     except Exception as error:  # the readers under it raise errors of a dozen unrelated classes
         cause = error.__cause__ or error.__context__ or error
         reason = next(iter(str(cause).splitlines()), "") or type(cause).__name__
+        where = where or f"the hub's data set {name}"
         raise UserError(f"Could not read {where} ({reason.rstrip('.')}): check its name and its content.") from error
