@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from conftest import make_model
-from flylora.lab.evaluation.likelihood import token_log_likelihoods
+from flylora.lab.labelled import token_log_likelihoods
 from flylora.lab.training.methods import attach, method_config
 from flylora.texts import IGNORED, Encoded
 

@@ -1,16 +1,21 @@
-"""The logits that labels are compared with, and no others: over a large vocabulary the rest costs the most."""
+"""The logits that labels are compared with, and no others: over a large vocabulary the rest costs the most.
+
+Training takes the logits, evaluation the log-likelihoods.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from flylora.texts import IGNORED
+from flylora.adapted import base_of
+from flylora.texts import IGNORED, Encoded, batches
 
 
 def labelled_logits(
@@ -31,6 +36,35 @@ def labelled_logits(
     with _head_reads(model, asked):
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     return logits[0].float(), labels[:, 1:][asked], asked.sum(1)
+
+
+@torch.no_grad()
+def token_log_likelihoods(
+    model: PreTrainedModel | PeftModel,
+    rows: Sequence[Encoded],
+    batch_size: int,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> list[list[float]]:
+    """log p(token | everything before it), in nats, of every labelled token.
+
+    Args:
+        model: In evaluation mode.
+        rows: Ids and labels; what is not labelled is read, not scored.
+        batch_size: Rows per forward pass. Rows of like length share a batch, padded on the right under a mask.
+        advance: Called with the number of rows done, for progress.
+
+    Returns:
+        For each row, in the order given, one number for each label that is not ``IGNORED``.
+    """
+    base = base_of(model)
+    likelihoods: list[list[float]] = [[] for _ in rows]
+    for chosen, batch in batches(rows, batch_size, base.device):
+        logits, targets, counts = labelled_logits(model, **batch)
+        losses = cross_entropy(logits, targets, reduction="none")
+        for i, loss in zip(chosen, losses.cpu().split(counts.tolist()), strict=True):
+            likelihoods[i] = (-loss.double()).tolist()
+        advance(len(chosen))
+    return likelihoods
 
 
 @contextmanager

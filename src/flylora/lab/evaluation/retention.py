@@ -12,8 +12,8 @@ from flylora.adapted import adapted
 from flylora.errors import UserError
 from flylora.lab.data import encode
 from flylora.lab.evaluation.config import EvalConfig
-from flylora.lab.evaluation.likelihood import token_log_likelihoods
 from flylora.lab.evaluation.run import run
+from flylora.lab.labelled import token_log_likelihoods
 from flylora.lab.tasks import Split, load_task
 from flylora.models import LoadedModel
 

@@ -14,10 +14,10 @@ from flylora.lab.data import encode
 from flylora.lab.evaluation.code import judge, pass_rates
 from flylora.lab.evaluation.config import EvalConfig
 from flylora.lab.evaluation.generation import Sampling, generate, sample_seed
-from flylora.lab.evaluation.likelihood import token_log_likelihoods
 from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.evaluation.sandbox import check_isolation
 from flylora.lab.evaluation.subject import Subject, check_out, subject, write_out
+from flylora.lab.labelled import token_log_likelihoods
 from flylora.lab.tasks import Example, Task, load_task
 from flylora.lab.tasks.base import CodeExample
 from flylora.models import LoadedModel
