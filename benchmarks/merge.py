@@ -103,7 +103,8 @@ def beside_peft(out_features: int, in_features: int) -> dict[str, Any]:
     """TIES of one module by PEFT's add_weighted_adapter and by us, on LoRA factors: seconds and relative errors."""
     from peft import LoraConfig, get_peft_model
 
-    from flylora.merging.methods import Update, cut_matrix, sparsified_sum
+    from flylora.least_squares import cut_matrix
+    from flylora.merging.methods import Update, sparsified_sum
 
     class Holder(nn.Module):
         def __init__(self) -> None:
