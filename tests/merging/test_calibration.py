@@ -1,4 +1,4 @@
-"""Statistics of a task's tokens, the least squares merge that uses them, and and the library's merge with texts."""
+"""Statistics of a task's tokens, the least squares merge that uses them, and the library's merge with texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flylora import UserError, functional
 from flylora.adapter_folder import SavedAdapter, read_adapter
 from flylora.merging import METHODS, MergeOptions, calibrate, merge
 from flylora.merging.calibration import GramTable, gather, read_statistics, write_statistics
-from flylora.merging.engine import MergeReport, merge_to
+from flylora.merging.engine import Result, merge_to
 from flylora.merging.layout import Layout, plan
 from flylora.models import load_model
 from flylora.texts import IGNORED, Encoded, encode_texts
@@ -41,7 +41,7 @@ def pair(save: Save) -> list[SavedAdapter]:
     return [save("a", fly(projection_seed=1), 1), save("b", fly(projection_seed=2, r=6, k=3), 2)]
 
 
-def least_squares(out: Path, layout: Layout, ridge: float, table: GramTable) -> MergeReport:
+def least_squares(out: Path, layout: Layout, ridge: float, table: GramTable) -> Result:
     out.mkdir()
     options = MergeOptions(method="least_squares", ridge=ridge)
     return merge_to(out, layout, METHODS["least_squares"], options, table, quiet=True)
@@ -218,6 +218,21 @@ def test_texts_are_given_by_folder_or_in_order_and_the_model_in_three_ways(
     swapped = merge(saved, tmp_path / "swapped", method="least_squares", texts=[SECOND, FIRST], model=loaded)
     assert swapped.adapter_fingerprint != records[0].adapter_fingerprint
     assert not loaded.model.training
+
+
+def test_texts_are_cut_at_max_length(saved: list[str], tmp_path: Path, tiny_model_dir: Path) -> None:
+    loaded = load_model(str(tiny_model_dir), "float32")
+    rows = [encode_texts(texts, loaded.tokenizer) for texts in (["a long plain text"], ["another long text"])]
+    cut = [[Encoded(row.input_ids[:5], row.labels[:5]) for row in task] for task in rows]
+    given: list[tuple[Any, int]] = [([["a long plain text"], ["another long text"]], 5), (cut, 512), (rows, 512)]
+    records = [
+        merge(saved, tmp_path / str(i), method="least_squares", texts=texts, model=loaded, max_length=length)
+        for i, (texts, length) in enumerate(given)
+    ]
+    assert records[0].adapter_fingerprint == records[1].adapter_fingerprint != records[2].adapter_fingerprint
+    assert records[0].calibration[0]["max_length"] == 5
+    calibrate(saved, ["a long plain text"], tmp_path / "5.safetensors", model=loaded, max_length=5)
+    assert read_statistics(tmp_path / "5.safetensors").origin["token_count"] < 5
 
 
 def test_statistics_in_files_are_the_texts_they_were_made_of(saved: list[str], tmp_path: Path) -> None:

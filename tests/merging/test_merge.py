@@ -16,7 +16,7 @@ from conftest import make_model
 from flylora import UserError
 from flylora.adapter_folder import WEIGHTS_FILE, SavedAdapter, read_adapter
 from flylora.merging import MergeRecord
-from flylora.merging.record import RECORD_NAME
+from flylora.merging.options import RECORD_NAME
 from flylora.records import read_record
 from saved_adapters import Save, assert_same_outputs, fly, lora, merge, outputs, weighted
 

@@ -180,13 +180,12 @@ def test_large_rows_and_columns_do_not_shift_the_sampled_threshold(monkeypatch: 
     assert share == pytest.approx(0.2, abs=3 * 0.4 / 128)
 
 
-@pytest.mark.parametrize("sign_method", ["total", "frequency"])
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [1.0, 0.5, -2.0]])
-def test_ties_is_what_peft_makes_of_the_same_updates(sign_method: methods.SignMethod, weights: list[float]) -> None:
+def test_ties_is_what_peft_makes_of_the_same_updates(weights: list[float]) -> None:
     parts = updates()
-    found = methods.sparsified_sum(parts, weights, 0.4, "magnitude", True, sign_method)
+    found = methods.sparsified_sum(parts, weights, 0.4, "magnitude", elect_sign=True)
     whole = [part.rows(0, part.shape[0]) for part in parts]
-    expected = merge_utils.ties(whole, torch.tensor(weights), 0.4, sign_method)
+    expected = merge_utils.ties(whole, torch.tensor(weights), 0.4, "total")
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
@@ -209,9 +208,7 @@ def test_random_pruning_leaves_the_global_generator_alone() -> None:
 
 def test_knots_is_ties_on_the_common_right_singular_vectors() -> None:
     parts, weights = updates(), [1.0, 0.5, 2.0]
-    up, down = methods.knots(
-        parts, weights, lambda vs: methods.sparsified_sum(vs, weights, 0.4, "magnitude", elect_sign=True)
-    )
+    up, down = methods.knots(parts, lambda vs: methods.sparsified_sum(vs, weights, 0.4, "magnitude", elect_sign=True))
     factors = [(part.up.double().numpy(), part.down.double().numpy()) for part in parts if part.down is not None]
     expected = reference.knots(factors, weights, 0.4)
     np.testing.assert_allclose((up @ down).numpy(), expected, rtol=1e-3, atol=1e-3)

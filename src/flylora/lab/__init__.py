@@ -28,7 +28,7 @@ from flylora.lab.training.config import TrainConfig
 from flylora.lab.training.presets import PRESETS
 from flylora.lab.training.record import TrainRecord
 from flylora.merging.calibration import TaskStatistics
-from flylora.merging.record import MergeRecord
+from flylora.merging.options import MergeRecord
 from flylora.merging.table import METHODS
 from flylora.options import options, public_call
 

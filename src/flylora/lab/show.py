@@ -24,7 +24,7 @@ from flylora.lab.evaluation.record import EvalRecord
 from flylora.lab.examples import Preview, PreviewedExample
 from flylora.lab.training.record import TrainRecord
 from flylora.merging.calibration import TaskStatistics
-from flylora.merging.record import MergeRecord
+from flylora.merging.options import MergeRecord
 
 # --- how things are shown --------------------------------------------------------------------------------------------
 

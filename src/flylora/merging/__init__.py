@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from flylora.adapter_folder import SavedAdapter, read_adapter, write_adapter
 from flylora.merging.merge import calibrate, merge
-from flylora.merging.options import MergeOptions
-from flylora.merging.record import MergeRecord
+from flylora.merging.options import MergeOptions, MergeRecord
 from flylora.merging.table import METHODS
 
 __all__ = [

@@ -6,6 +6,7 @@ They are gathered while some adapter runs, in one pass over the texts, in float6
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from flylora import activations
 from flylora.activations import Accumulator, Tokens, wide
 from flylora.errors import UserError
 from flylora.factors import ModuleFactors
-from flylora.merging.layout import Layout
+from flylora.merging.layout import Layout, ModuleLayout
 from flylora.records import saving
 from flylora.texts import Encoded
 
@@ -55,22 +56,16 @@ def gather(
 ) -> TaskStatistics:
     """Run texts through a model, whatever adapter is active on it, and sum z z^T at every module of a merge.
 
-    Args:
-        model: in evaluation mode. layout: the merge. rows: the texts.
-        tokens: which positions count: all, those that predict the answer, or those of the prompt before them.
-        batch_size: texts per forward pass.
-        quiet: show no progress.
-
-    Raises:
-        UserError: the model lacks a module, or no token counts.
+    The arguments and errors are those of `activations.gather`; layout is that of the merge.
     """
-    grams, accumulators = {}, {}
+    grams, accumulators, keys = {}, {}, {}
     for name in layout.modules:
         local = layout.at(name)
         grams[name] = torch.zeros(2, local.rank, local.rank, dtype=torch.float64)
         accumulators[name] = _accumulator(layout.merged(local), grams[name])
+        keys[name] = block_keys(layout, local)
     counts = activations.gather(model, accumulators, rows, tokens=tokens, parts=2, batch_size=batch_size, quiet=quiet)
-    return TaskStatistics(grams, counts, {name: block_keys(layout, name) for name in layout.modules})
+    return TaskStatistics(grams, counts, keys)
 
 
 def _accumulator(factors: ModuleFactors, gram: Tensor) -> Accumulator:
@@ -84,9 +79,8 @@ def _accumulator(factors: ModuleFactors, gram: Tensor) -> Accumulator:
     return add
 
 
-def block_keys(layout: Layout, module: str) -> list[tuple[str, int]]:
+def block_keys(layout: Layout, local: ModuleLayout) -> list[tuple[str, int]]:
     """What each part of the rank axis is, and its width: the inputs' blocks by fingerprint, with their routing."""
-    local = layout.at(module)
     keys = []
     for block, rank in zip(local.blocks, local.ranks, strict=True):
         members = sorted(f"{layout.adapters[t].fingerprint}/{j}" for t, j in block.sources)
@@ -148,19 +142,17 @@ class GramTable:
         self.tasks = list(tasks)
         self._columns: dict[str, list[Tensor]] = {}
         for module in layout.modules:
-            wanted = block_keys(layout, module)
+            wanted, named = block_keys(layout, layout.at(module)), zip(tasks, names, strict=True)
             self._columns[module] = [
-                _columns(wanted, task.blocks.get(module, []), module, name)
-                for task, name in zip(tasks, names, strict=True)
+                _columns(wanted, task.blocks.get(module, []), module, name) for task, name in named
             ]
 
     def grams(self, task: int, module: str) -> tuple[Tensor, Tensor]:
         """The mean of z z^T, (R, R), over each half of a task's texts; zero for a half without tokens."""
         statistics, columns = self.tasks[task], self._columns[module][task]
-        halves = []
-        for gram, count in zip(statistics.grams[module], statistics.tokens.tolist(), strict=True):
-            halves.append(gram[columns][:, columns] / max(count, 1.0))
-        return halves[0], halves[1]
+        sums = zip(statistics.grams[module], statistics.tokens.tolist(), strict=True)
+        first, second = (gram[columns][:, columns] / max(count, 1.0) for gram, count in sums)
+        return first, second
 
     def share(self, task: int) -> tuple[float, float]:
         """The share of a task's tokens in each half."""
@@ -169,16 +161,12 @@ class GramTable:
 
 
 def _columns(wanted: list[tuple[str, int]], present: list[tuple[str, int]], module: str, name: str) -> Tensor:
-    starts, start = {}, 0
-    for key, rank in present:
-        starts[key] = (start, rank)
-        start += rank
-    parts = []
-    for key, rank in wanted:
-        if starts.get(key, (0, -1))[1] != rank:
-            raise UserError(
-                f"The calibration file {name} was not made for these adapters (it knows nothing of one of them in "
-                f"{module}): run flylora calibrate for all adapters of the merge together."
-            )
-        parts.append(torch.arange(starts[key][0], starts[key][0] + rank))
-    return torch.cat(parts)
+    """Where the parts of the merge's rank axis are on that of the statistics."""
+    ends = itertools.accumulate(rank for _, rank in present)
+    ranges = {key: torch.arange(end - rank, end) for (key, rank), end in zip(present, ends, strict=True)}
+    if any(key not in ranges or len(ranges[key]) != rank for key, rank in wanted):
+        raise UserError(
+            f"The calibration file {name} was not made for these adapters (it knows nothing of one of them in "
+            f"{module}): run flylora calibrate for all adapters of the merge together."
+        )
+    return torch.cat([ranges[key] for key, _ in wanted])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,7 +31,7 @@ from flylora.merging.methods import (
     weighted_sum,
 )
 from flylora.merging.options import MergeOptions
-from flylora.merging.table import Method, effective_weights
+from flylora.merging.table import Method
 from flylora.projection import NonZeros
 from flylora.records import progress
 from flylora.tuner.config import FlyLoraConfig
@@ -45,25 +46,6 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _BLOCK_SCALING = 2.0
 
 
-@dataclass
-class MergeReport:
-    """What a merge measured while it ran.
-
-    Attributes:
-        weights: as they were applied. routed: whether the result routes. shared: whether all inputs shared A.
-        rank_error: relative Frobenius error of the rank limit by module, where there is one.
-        ridge: the ridge used by module, for least squares.
-        objective: least squares' error relative to that of the weighted average, by module.
-    """
-
-    weights: list[float]
-    routed: bool
-    shared: bool
-    rank_error: dict[str, float] = field(default_factory=dict)
-    ridge: dict[str, float] = field(default_factory=dict)
-    objective: dict[str, float] = field(default_factory=dict)
-
-
 def merge_to(
     folder: Path,
     layout: Layout,
@@ -71,21 +53,21 @@ def merge_to(
     options: MergeOptions,
     statistics: GramTable | None = None,
     quiet: bool = False,
-) -> MergeReport:
+) -> Result:
     """Merge adapters and write the result's config and tensors.
 
     Args:
         folder: an existing folder. layout: of the inputs. row: the method. options: how.
-        statistics: for least squares of more than one adapter.
+        statistics: for a calibrated method and more than one adapter.
         quiet: show no progress.
+
+    Returns:
+        The result, with what was measured on the way.
 
     Raises:
         UserError: the inputs or the options do not allow it.
     """
-    weights = effective_weights(row, options.weights, len(layout.adapters))
-    if row.calibrated and statistics is None and len(layout.adapters) > 1:
-        raise UserError(f"{row.name} needs text of each task: give texts, or a calibration file, for each adapter.")
-    result = result_class(layout, row, options)(layout, row, options, weights, statistics)
+    result = result_class(layout, row, options)(layout, row, options, statistics)
     tensors: dict[str, Tensor] = {}
     with progress(f"{row.name} of {len(layout.adapters)} adapters", len(layout.modules), quiet) as advance:
         for number, module in enumerate(layout.modules, 1):
@@ -96,7 +78,7 @@ def merge_to(
                     adapter.close()
             advance(1)
     save_adapter(folder, result.finish(tensors), tensors)
-    return result.report
+    return result
 
 
 def result_class(layout: Layout, row: Method, options: MergeOptions) -> type[Result]:
@@ -120,18 +102,22 @@ def result_class(layout: Layout, row: Method, options: MergeOptions) -> type[Res
 class Result:
     """A merged adapter in the making; a subclass is a kind of adapter that can come out.
 
-    Args:
+    Attributes:
         layout: of the inputs. row: the method. options: how. weights: as they are applied.
-        statistics: for least squares.
+        statistics: for a calibrated method.
+        rank_error: relative Frobenius error of the rank limit by module, where there is one.
+        ridge: the ridge used by module, for least squares.
+        objective: least squares' error relative to that of the weighted average, by module.
     """
 
     routed: ClassVar[bool] = True
 
-    def __init__(
-        self, layout: Layout, row: Method, options: MergeOptions, weights: list[float], statistics: GramTable | None
-    ) -> None:
-        self.layout, self.row, self.options, self.weights, self.statistics = layout, row, options, weights, statistics
-        self.report = MergeReport(weights=weights, routed=self.routed, shared=layout.is_shared)
+    def __init__(self, layout: Layout, row: Method, options: MergeOptions, statistics: GramTable | None = None) -> None:
+        self.layout, self.row, self.options, self.statistics = layout, row, options, statistics
+        self.weights = row.effective_weights(options.weights, len(layout.adapters))
+        self.rank_error: dict[str, float] = {}
+        self.ridge: dict[str, float] = {}
+        self.objective: dict[str, float] = {}
 
     @classmethod
     def check(cls, adapters: Sequence[SavedAdapter], row: Method, options: MergeOptions) -> None:
@@ -148,6 +134,34 @@ class Result:
     @property
     def is_single(self) -> bool:
         return len(self.layout.adapters) == 1
+
+    @property
+    def exact(self) -> bool:
+        """Whether the output is exactly the weighted sum of the inputs' outputs."""
+        # Blocks that several inputs share have one routing bias in place of theirs, and a rank limit cuts.
+        alone = all(len(block.sources) == 1 for block in self.layout.blocks)
+        return self.row.exact and alone and not self.rank_error
+
+    @property
+    def density(self) -> float | None:
+        """Share of entries that the method keeps; None where it prunes nothing."""
+        return self.row.density if self.options.density is None else self.options.density
+
+    def parameters(self) -> dict[str, Any]:
+        """The settings of the method as they were used, for the record."""
+        ridges = {f"{ridge:g}": count for ridge, count in sorted(Counter(self.ridge.values()).items())}
+        given = {"density": self.density, "rank": self.options.rank, "ridge": ridges or None}
+        used = {name: value for name, value in given.items() if value is not None}
+        return {"share": self.options.share, "seed": self.options.seed, **used}
+
+    def measured(self) -> dict[str, float]:
+        """Mean and largest error over the modules, for the record."""
+        measured = {}
+        for name, errors in (("rank_error", self.rank_error), ("least_squares_error_ratio", self.objective)):
+            if errors:
+                measured[f"{name}_mean"] = sum(errors.values()) / len(errors)
+                measured[f"{name}_max"] = max(errors.values())
+        return measured
 
     def common_config(self, config: PeftConfig) -> PeftConfig:
         """A copy with the base model and the targets of the merged adapter."""
@@ -191,8 +205,7 @@ class Result:
             targets[t] = local.expand(t, self.layout.adapters[t].factors(local.name).scaled_up() / out_scaling)
         average = weighted_sum(targets, self.weights)
         halves = [self.statistics.grams(t, local.name) for t in tasks]
-        shares = [self.statistics.share(t) for t in tasks]
-        grams = [a * x + b * y for (x, y), (a, b) in zip(halves, shares, strict=True)]
+        grams = [weighted_sum(halves[t], self.statistics.share(t)) for t in tasks]
         positive = [abs(weight) for weight in self.weights]
         ridge = self.options.ridge
         if ridge is None:
@@ -200,8 +213,8 @@ class Result:
         up = least_squares(targets, grams, positive, average, ridge)
         before = least_squares_error(average, targets, grams, positive)
         after = least_squares_error(up, targets, grams, positive)
-        self.report.ridge[local.name] = ridge
-        self.report.objective[local.name] = after / before if before else 1.0
+        self.ridge[local.name] = ridge
+        self.objective[local.name] = after / before if before else 1.0
         return up
 
     def updates(self, local: ModuleLayout, shared_scaling: float | None = None) -> list[Update]:
@@ -211,20 +224,17 @@ class Result:
             adapter = self.layout.adapters[t]
             seed = update_seed(self.options.seed, adapter.fingerprint, local.name)
             factors = adapter.factors(local.name, self.layout.stated_in_features(local.name))
-            up, down = factors.scaled_up(), None
             if shared_scaling is not None:
-                up = up / shared_scaling
-            else:
-                shares = [torch.full((block.r,), linear_share(block)) for block in factors.routing]
-                up, down = up * torch.cat(shares), factors.down()
-            updates.append(Update(up, down, seed))
+                updates.append(Update(factors.scaled_up() / shared_scaling, None, seed))
+                continue
+            shares = torch.cat([torch.full((block.r,), linear_share(block)) for block in factors.routing])
+            updates.append(Update(factors.scaled_up() * shares, factors.down(), seed))
         return updates
 
     def matrix(self, local: ModuleLayout, updates: list[Update]) -> Tensor:
         """The method's matrix of updates."""
         assert self.row.combine is not None
-        density = self.row.density if self.options.density is None else self.options.density
-        return self.row.combine(updates, [self.weights[t] for t in local.factors], density or 1.0)
+        return self.row.combine(updates, [self.weights[t] for t in local.factors], self.density or 1.0)
 
 
 class RoutedResult(Result):
@@ -292,59 +302,53 @@ class LoraResult(Result):
 
     @property
     def _keeps_config(self) -> bool:
-        return (
-            self.is_single and self.layout.kind == "lora" and self.options.rank is None and self.row.works_on == "codes"
-        )
+        as_it_is = self.options.rank is None and self.row.works_on == "codes"
+        return as_it_is and self.is_single and self.layout.kind == "lora"
 
     def tensors(self, local: ModuleLayout) -> dict[str, Tensor]:
-        up, down = self._factors(local)
-        return {"lora_A.weight": down, "lora_B.weight": up}
-
-    def _factors(self, local: ModuleLayout) -> tuple[Tensor, Tensor]:
         if self._keeps_config:
             factors = self.layout.adapters[0].factors(local.name)
             assert isinstance(factors.stored, Tensor)
-            return self.weighted(local, factors.scaling), factors.stored
+            return {"lora_A.weight": factors.stored, "lora_B.weight": self.weighted(local, factors.scaling)}
         whole = sum(self.layout.adapters[t].rank(local.name) for t in local.factors)
         rank = min(whole, self.options.rank or whole, local.out_features, self.layout.in_features(local.name))
+        error = None
         if self.row.works_on == "codes":
             up, down = self.combined(local, 1.0).float(), self.layout.merged(local).down()
         elif self.row.common_basis:
-            updates = self.updates(local)
-            weights = [self.weights[t] for t in local.factors]
-            up, down = knots(updates, weights, lambda parts: self.matrix(local, parts))
+            up, down = knots(self.updates(local), lambda parts: self.matrix(local, parts))
         else:
             updates = self.updates(local)
             downs = [update.down.t() for update in updates if update.down is not None]
-            matrix = self.matrix(local, updates)
             seed = update_seed(self.options.seed, "range", local.name)
-            up, down, error = cut_matrix(matrix, rank, seed, torch.cat(downs, dim=1))
-            self.report.rank_error[local.name] = math.sqrt(error)
+            up, down, error = cut_matrix(self.matrix(local, updates), rank, seed, torch.cat(downs, dim=1))
         if up.shape[1] > rank:
             up, down, error = cut_rank(up, down, rank)
-            self.report.rank_error[local.name] = math.sqrt(error)
-        return up, down
+        if error is not None:
+            self.rank_error[local.name] = math.sqrt(error)
+        return {"lora_A.weight": down, "lora_B.weight": up}
 
     def finish(self, tensors: dict[str, Tensor]) -> PeftConfig:
         first = self.layout.adapters[0].config
         if self._keeps_config:
             return self.common_config(first)
-        # One rank and alpha in all modules, smaller ones filled up with zeros: some servers know no patterns.
-        ups = {key: tensor for key, tensor in tensors.items() if key.endswith("lora_B.weight")}
-        rank = max(tensor.shape[1] for tensor in ups.values())
-        for key, up in ups.items():
-            down = key.replace("lora_B.weight", "lora_A.weight")
-            tensors[key] = pad(up, (0, rank - up.shape[1]))
-            tensors[down] = pad(tensors[down], (0, 0, 0, rank - up.shape[1]))
+        rank, turned = even_ranks(tensors), bool(getattr(first, "fan_in_fan_out", False))
         config = LoraConfig(
-            r=rank,
-            lora_alpha=rank,
-            fan_in_fan_out=bool(getattr(first, "fan_in_fan_out", False)),
-            task_type=first.task_type,
-            revision=first.revision,
+            r=rank, lora_alpha=rank, fan_in_fan_out=turned, task_type=first.task_type, revision=first.revision
         )
         config.auto_mapping = first.auto_mapping
         return self.common_config(config)
+
+
+def even_ranks(tensors: dict[str, Tensor]) -> int:
+    """Fill the tensors of a LoRA up with zeros to one rank, given back: some servers know no patterns of ranks."""
+    rank = max(up.shape[1] for key, up in tensors.items() if key.endswith("lora_B.weight"))
+    for key, tensor in tensors.items():
+        if key.endswith("lora_B.weight"):
+            tensors[key] = pad(tensor, (0, rank - tensor.shape[1]))
+        else:
+            tensors[key] = pad(tensor, (0, 0, 0, rank - tensor.shape[0]))
+    return rank
 
 
 RESULTS: dict[str, type[Result]] = {"flylora": RoutedResult, "lora": LoraResult}

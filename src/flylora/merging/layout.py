@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from flylora.adapter_folder import SavedAdapter
@@ -51,10 +50,9 @@ class ModuleLayout:
     """The merged adapter in one module.
 
     Attributes:
-        name: the module. out_features: m. rank: R, all blocks together.
+        out_features: m. rank: R, all blocks together.
         blocks: those that are present here (for a LoRA) or all (for FlyLoRA, absent ones with one rank and zero B).
-        ranks: r of each of them.
-        columns: where each input's columns go.
+        ranks: r of each of them. columns: where each input's columns go.
         factors: the inputs' factors without B, by position; inputs that do not adapt this module are left out.
     """
 
@@ -93,13 +91,9 @@ class Layout:
         """Whether all inputs share one projection and its routing."""
         return len(self.blocks) == 1 and len(self.blocks[0].sources) == len(self.adapters)
 
-    def inputs_of(self, module: str) -> list[int]:
-        """Positions of the inputs that adapt a module."""
-        return [t for t, adapter in enumerate(self.adapters) if module in adapter.shapes]
-
     def stated_in_features(self, module: str) -> int | None:
         """n of a module, or None where no input states it."""
-        return next((n for t in self.inputs_of(module) if (n := self.adapters[t].in_features(module))), None)
+        return next((n for a in self.adapters if module in a.shapes and (n := a.in_features(module))), None)
 
     def in_features(self, module: str) -> int:
         """n of a module.
@@ -117,7 +111,7 @@ class Layout:
 
     def at(self, module: str) -> ModuleLayout:
         """The layout in one module; reads what identifies the projections, not B."""
-        factors = {t: self.adapters[t].small(module) for t in self.inputs_of(module)}
+        factors = {t: a.small(module) for t, a in enumerate(self.adapters) if module in a.shapes}
         blocks, ranks, columns, target = [], [], [], 0
         for block in self.blocks:
             present = [source for source in block.sources if source[0] in factors]
@@ -155,7 +149,7 @@ class Layout:
             down = torch.cat([self.adapters[t].factors(local.name).down() for t in local.factors])
             steps = torch.zeros(local.rank, dtype=torch.int32)
             return ModuleFactors(local.name, up, 1.0, (), Identity((), ()), steps, down, down.shape[1])
-        blocks, seeds, fingerprints, steps_of, stored = [], [], [], [], False
+        blocks, seeds, fingerprints, parts, stored = [], [], [], [], False
         for block, rank in zip(local.blocks, local.ranks, strict=True):
             assert block.config is not None
             config = replace(block.config, r=rank)
@@ -165,18 +159,18 @@ class Layout:
                 seed, fingerprint = factors.identity.seeds[j], factors.identity.fingerprints[j]
                 # One density stands for all modules of a merged block, so an A made with another one has to be kept.
                 stored |= isinstance(factors.stored, NonZeros) or factors.blocks[j].density != config.density
-                steps_of.append(_mean_steps(present, config.balance_rate))
+                parts.append(_mean_steps(present, config.balance_rate))
             else:
                 drawn = self._absent(local.name, config)
                 seed, fingerprint = drawn.seed, drawn.fingerprint
-                steps_of.append(torch.zeros(rank, dtype=torch.int32))
+                parts.append(torch.zeros(rank, dtype=torch.int32))
             blocks.append(config)
             seeds.append(seed)
             fingerprints.append(fingerprint)
         kept = sparsify(stack_blocks(self._projections(local))) if stored else None
         n = self.stated_in_features(local.name)
         identity = Identity(tuple(seeds), tuple(fingerprints))
-        return ModuleFactors(local.name, up, 1.0, tuple(blocks), identity, torch.cat(steps_of), kept, n)
+        return ModuleFactors(local.name, up, 1.0, tuple(blocks), identity, torch.cat(parts), kept, n)
 
     def _absent(self, module: str, block: BlockConfig) -> Projection:
         """A of a block in a module that its inputs leave alone."""
@@ -188,11 +182,11 @@ class Layout:
         n, parts = self.in_features(local.name), []
         for block, rank in zip(local.blocks, local.ranks, strict=True):
             assert block.config is not None
-            t, j = next(((t, j) for t, j in block.sources if t in local.factors), (None, 0))
-            if t is None:
-                parts.append(self._absent(local.name, replace(block.config, r=rank)))
-            else:
+            present = [(t, j) for t, j in block.sources if t in local.factors]
+            for t, j in present[:1]:
                 parts.append(replace(local.factors[t], in_features=n).projections()[j])
+            if not present:
+                parts.append(self._absent(local.name, replace(block.config, r=rank)))
         return parts
 
 
@@ -231,14 +225,13 @@ def _same_projection(
     if replace(configs[0], balance_rate=0.0) != replace(block, balance_rate=0.0):
         return False
     t, j = source
-    for other, i in members:
-        if other == t:
-            return False  # two blocks of one adapter are two terms of its sum
-        for module in adapters[other].shapes.keys() & adapters[t].shapes.keys():
-            a, b = adapters[other].small(module), adapters[t].small(module)
-            if _identified(a, i) != _identified(b, j):
-                return False
-    return True
+    if any(other == t for other, _ in members):
+        return False  # two blocks of one adapter are two terms of its sum
+    return all(
+        _identified(adapters[other].small(module), i) == _identified(adapters[t].small(module), j)
+        for other, i in members
+        for module in adapters[other].shapes.keys() & adapters[t].shapes.keys()
+    )
 
 
 def _identified(factors: ModuleFactors, block: int) -> tuple[int, bytes, int]:
@@ -276,7 +269,8 @@ def check_compatible(adapters: Sequence[SavedAdapter], base_model: str | None = 
                 f"{first.path} was trained on {first.base_model} and {other.path} on {other.base_model}: adapters of "
                 "different base models cannot be merged; if both name one model, give its name as base_model."
             )
-        if _orientation(first) != _orientation(other):
+        first_turned, other_turned = (bool(getattr(each.config, "fan_in_fan_out", False)) for each in (first, other))
+        if first_turned != other_turned:
             raise UserError(
                 f"{first.path} and {other.path} differ in fan_in_fan_out, so they belong to layers of different "
                 "kinds: only adapters of one base model can be merged."
@@ -288,14 +282,9 @@ def check_compatible(adapters: Sequence[SavedAdapter], base_model: str | None = 
 
 def _check_sizes(first: SavedAdapter, other: SavedAdapter, module: str) -> None:
     sizes = [(adapter.out_features(module), adapter.in_features(module)) for adapter in (first, other)]
-    (m, n), (other_m, other_n) = sizes
-    if m != other_m or (None not in (n, other_n) and n != other_n):
+    if any(None not in pair and pair[0] != pair[1] for pair in zip(*sizes, strict=True)):
         a, b = (f"{outputs} outputs" + ("" if inputs is None else f" and {inputs} inputs") for outputs, inputs in sizes)
         raise UserError(
             f"{module} has {a} in {first.path} and {b} in {other.path}: the adapters belong to different base models "
             "and cannot be merged."
         )
-
-
-def _orientation(adapter: SavedAdapter) -> bool:
-    return isinstance(adapter.config, LoraConfig) and bool(adapter.config.fan_in_fan_out)

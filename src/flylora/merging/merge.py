@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -19,23 +17,18 @@ from flylora.adapted import adapted
 from flylora.adapter_folder import read_adapter
 from flylora.errors import UserError
 from flylora.merging.calibration import GramTable, TaskStatistics, gather, read_statistics, write_statistics
-from flylora.merging.engine import RESULTS, MergeReport, merge_to, result_class
+from flylora.merging.engine import RESULTS, merge_to, result_class
 from flylora.merging.layout import check_compatible, plan
-from flylora.merging.options import DType, MergeOptions, MethodName
-from flylora.merging.record import RECORD_NAME, MergeRecord
-from flylora.merging.table import METHODS, Method, effective_weights
+from flylora.merging.options import RECORD_NAME, DType, MergeOptions, MergeRecord, MethodName, TextOptions
+from flylora.merging.table import METHODS
 from flylora.models import LoadedModel, Model, load_base
-from flylora.records import new_folder, now, provenance, write_record
+from flylora.records import adapter_fingerprint, new_folder, now, provenance, write_record
 from flylora.texts import Encoded, Text, encode_texts
-
-Running = Path | Literal["none", "average"]
-"""What runs while texts are read: a saved adapter, no adapter, or the plain average of the inputs."""
 
 AdapterPath = str | Path
 
 
-@dataclass(frozen=True)
-class CalibrationTexts:
+class CalibrationTexts(NamedTuple):
     """Texts of one task as token rows, and what a record says of them."""
 
     rows: list[Encoded]
@@ -59,6 +52,7 @@ def merge(
     model: Model | None = None,
     base_model: str | None = None,
     batch_size: int = 8,
+    max_length: int = 512,
     dtype: DType = "auto",
     device: str = "auto",
     seed: int = 0,
@@ -80,6 +74,7 @@ def merge(
         model: The base model: a name, a loaded model, or a transformers model with its tokenizer; by the adapters'
             configs if left out. Only texts, and adapters that an old version wrote, need it.
         base_model: The name of the inputs' base model, where their configs give it different names.
+        max_length: Longest text in tokens; the rest of it is cut off.
 
     Returns:
         The record of the merge, which is also in the folder.
@@ -88,43 +83,25 @@ def merge(
         UserError: The adapters cannot be merged so, or something cannot be read or written; nothing is left behind.
     """
     options = MergeOptions(
-        method=method,
-        weights=None if weights is None else [float(weight) for weight in weights],
-        rank=rank,
-        density=density,
-        ridge=ridge,
-        share=share,
-        tokens=tokens,
-        rounds=rounds,
-        model=model if isinstance(model, str) else None,
-        base_model=base_model,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        overwrite=overwrite,
-    )
-    check_options(options, len(adapters), texts is not None or statistics is not None)
+        method=method, weights=None if weights is None else [float(weight) for weight in weights], rank=rank,
+        density=density, ridge=ridge, share=share, tokens=tokens, rounds=rounds,
+        model=model if isinstance(model, str) else None, base_model=base_model, batch_size=batch_size, dtype=dtype,
+        device=device, seed=seed, overwrite=overwrite,
+    )  # fmt: skip
     if texts is not None and statistics is not None:
         raise UserError("Both texts and statistics are given: give one of them.")
-    with new_folder(out, overwrite) as folder:
-        job = MergeJob(adapters, options, model)
-        sources: list[CalibrationTexts | Path] = []
-        if texts is not None:
-            sources = [job.texts(part) for part in _in_order("texts", texts, adapters)]
-        elif statistics is not None:
-            sources = [Path(file) for file in _in_order("statistics", statistics, adapters)]
-        table = job.statistics(sources)
-        report = job.write(folder, table)
-        config = {"adapters": [str(path) for path in adapters], "out": str(out), **dataclasses.asdict(options)}
-        record = job.record(folder, report, table, config)
-        write_record(record, folder / RECORD_NAME)
-    return record
+
+    def read(job: MergeJob) -> list[CalibrationTexts | Path]:
+        if texts is None:
+            return [Path(file) for file in _in_order("statistics", statistics, adapters)]
+        return [job.texts(part, max_length) for part in _in_order("texts", texts, adapters)]
+
+    return run(adapters, out, options, model, read if texts is not None or statistics is not None else None)
 
 
 def calibrate(
     adapters: Sequence[AdapterPath],
-    texts: Sequence[Text] | CalibrationTexts,
+    texts: Sequence[Text],
     out: AdapterPath,
     *,
     run: AdapterPath | None = None,
@@ -133,6 +110,7 @@ def calibrate(
     model: Model | None = None,
     base_model: str | None = None,
     batch_size: int = 8,
+    max_length: int = 512,
     dtype: DType = "auto",
     device: str = "auto",
     overwrite: bool = False,
@@ -145,30 +123,104 @@ def calibrate(
         out: The .safetensors file for the statistics.
         run: Adapter folder that is active while the texts are read, e.g. the one trained on the task, or an earlier
             merge; the plain average of the adapters if left out, and no adapter for ``none``.
-        tokens, share, model, base_model, batch_size, dtype, device: As for [`merge`].
+        tokens, share, model, base_model, batch_size, max_length, dtype, device: As for [`merge`].
         overwrite: Replace the file if it exists.
 
     Raises:
         UserError: Adapters, texts or model do not fit, or the file cannot be written.
     """
+    options = TextOptions(
+        tokens=tokens, share=share, base_model=base_model, batch_size=batch_size, dtype=dtype, device=device,
+        overwrite=overwrite,
+    )  # fmt: skip
+    return run_calibration(adapters, out, options, lambda job: job.texts(texts, max_length), run, model)
+
+
+# --- with the options as one object ------------------------------------------------------------------------------
+
+
+def run(
+    adapters: Sequence[AdapterPath],
+    out: AdapterPath,
+    options: MergeOptions,
+    model: Model | None = None,
+    read: Callable[[MergeJob], Sequence[CalibrationTexts | Path]] | None = None,
+    tune: Callable[[MergeJob, GramTable | None], tuple[MergeOptions, list[dict[str, Any]]]] | None = None,
+    measure: Callable[[MergeJob, Path], dict[str, Any]] | None = None,
+) -> MergeRecord:
+    """One merge, see [`merge`].
+
+    Args:
+        adapters, out, model: See [`merge`]. options: How to merge; all of them go into the record.
+        read: Gives for each adapter texts of its task, or a file of statistics; None if there are none.
+        tune: Gives the options to merge with in the end, and what was tried, for the record.
+        measure: What else to do with the merged adapter's folder; gives further fields of the record.
+    """
+    check_options(options, len(adapters), read is not None)
+    started, origin = time.monotonic(), provenance(seeds={"seed": options.seed}, data_sha256={}, model_sha256="")
+    with new_folder(out, options.overwrite) as folder:
+        job = MergeJob(adapters, options, model)
+        table = job.statistics(read(job)) if read else None
+        chosen, tried = tune(job, table) if tune else (options, [])
+        result = merge_to(folder, job.layout, job.row, chosen, table)
+        further = measure(job, folder) if measure else {}
+        sha256 = job.loaded.sha256 if job.loaded else ""
+        record = MergeRecord(
+            status="complete",
+            provenance=dataclasses.replace(origin, finished=now(), model_sha256=sha256),
+            config={**dataclasses.asdict(options), "adapters": [str(path) for path in adapters], "out": str(out)},
+            method=job.row.name,
+            exact=result.exact,
+            inputs=[
+                {
+                    "path": str(adapter.path),
+                    "fingerprint": adapter.fingerprint,
+                    "kind": adapter.kind.name,
+                    "weight": weight,
+                    "base_model": adapter.base_model,
+                    "modules": len(adapter.modules),
+                }
+                for adapter, weight in zip(job.adapters, result.weights, strict=True)
+            ],
+            weight_sum=sum(result.weights),
+            routed=result.routed,
+            shared=job.layout.is_shared,
+            adapter_fingerprint=adapter_fingerprint(folder),
+            parameters=result.parameters(),
+            measured=result.measured(),
+            calibration=[task.origin for task in table.tasks] if table else [],
+            search=tried,
+            seconds=round(time.monotonic() - started, 2),
+            **further,
+        )
+        write_record(record, folder / RECORD_NAME)
+    return record
+
+
+def run_calibration(
+    adapters: Sequence[AdapterPath],
+    out: AdapterPath,
+    options: TextOptions,
+    read: Callable[[MergeJob], CalibrationTexts],
+    running: AdapterPath | None = None,
+    model: Model | None = None,
+) -> TaskStatistics:
+    """One calibration, see [`calibrate`].
+
+    Args:
+        adapters, out, model: See [`calibrate`]. running: Its ``run``. options: How to read the texts.
+        read: Gives the texts.
+    """
     out = Path(out)
-    if out.exists() and not overwrite:
+    if out.exists() and not options.overwrite:
         raise UserError(f"The file {out} exists already: choose another name, or allow it to be overwritten.")
     if out.suffix != ".safetensors":
         raise UserError(f"out is {out}, but the statistics are one file: give a name that ends in .safetensors.")
-    options = MergeOptions(
-        method="least_squares",
-        tokens=tokens,
-        share=share,
-        base_model=base_model,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
+    names = [field.name for field in dataclasses.fields(TextOptions)]
+    job = MergeJob(
+        adapters, MergeOptions(method="least_squares", **{name: getattr(options, name) for name in names}), model
     )
-    job = MergeJob(adapters, options, model)
-    source = texts if isinstance(texts, CalibrationTexts) else job.texts(texts)
-    running: Running = "average" if run is None else "none" if run == "none" else Path(run)
-    statistics = job.gather([source], running)[0]
+    statistics = job.gather([read(job)], str(running or "average"))[0]
     write_statistics(out, statistics)
     return statistics
 
@@ -202,11 +254,8 @@ def check_options(options: MergeOptions, count: int, has_texts: bool) -> None:
         raise UserError(f"There are {len(options.weights)} weights for {count} adapters: give one for each.")
     if options.density is not None and row.density is None:
         raise UserError(f"density means nothing to {row.name}, which prunes nothing: leave it out.")
-    for name, given in (
-        ("calibrate", has_texts),
-        ("ridge", options.ridge is not None),
-        ("rounds", options.rounds > 1),
-    ):
+    uses = {"calibrate": has_texts, "ridge": options.ridge is not None, "rounds": options.rounds > 1}
+    for name, given in uses.items():
         if given and not row.calibrated:
             raise UserError(f"{name} means nothing to {row.name}, which uses no text: leave it out.")
     if row.calibrated and not has_texts and count > 1:
@@ -214,7 +263,7 @@ def check_options(options: MergeOptions, count: int, has_texts: bool) -> None:
             f"{row.name} needs text of each task: give texts or calibration files, one for each adapter (on the "
             "command line --calibrate)."
         )
-    effective_weights(row, options.weights, count)
+    row.effective_weights(options.weights, count)
 
 
 class MergeJob:
@@ -229,12 +278,9 @@ class MergeJob:
     """
 
     def __init__(self, adapters: Sequence[AdapterPath], options: MergeOptions, model: Model | None = None) -> None:
-        self.started = time.monotonic()
-        self.origin = provenance(seeds={"seed": options.seed}, data_sha256={}, model_sha256="")
-        self.options = options
-        self.row: Method = METHODS[options.method]
+        self.options, self.row = options, METHODS[options.method]
         self.loaded: LoadedModel | None = None
-        self._model = model or options.model
+        self._model = model or options.model or options.base_model
         self.adapters = [read_adapter(path, tuple(RESULTS)) for path in adapters]
         check_compatible(self.adapters, options.base_model)
         self._state_in_features()
@@ -244,156 +290,79 @@ class MergeJob:
     def base(self) -> LoadedModel:
         """The base model, loaded when it is first needed."""
         if self.loaded is None:
-            name = self._model or self.options.base_model
-            self.loaded = load_base(self.adapters, name, self.options.dtype, self.options.device)
+            self.loaded = load_base(self.adapters, self._model, self.options.dtype, self.options.device)
         return self.loaded
 
     def _state_in_features(self) -> None:
         """Look n up in the base model for adapters of an old version, where the caller named the model."""
         old = [a for a in self.adapters if any(a.in_features(module) is None for module in a.modules)]
-        if old and (self._model or self.options.base_model):
+        if old and self._model:
             model = self.base().model
             for t, adapter in enumerate(self.adapters):
                 modules = modules_by_name(model, adapter.modules)
                 self.adapters[t] = adapter.with_in_features({name: features(m)[0] for name, m in modules.items()})
 
-    def texts(self, texts: Sequence[Text]) -> CalibrationTexts:
+    def texts(self, texts: Sequence[Text], max_length: int) -> CalibrationTexts:
         """Texts of one task as token rows."""
-        rows = encode_texts(texts, self.base().tokenizer)
-        return CalibrationTexts(rows, {"task": "texts"})
+        rows = encode_texts(texts, self.base().tokenizer, max_length)
+        return CalibrationTexts(rows, {"task": "texts", "max_length": max_length})
 
-    def statistics(self, sources: Sequence[CalibrationTexts | Path]) -> GramTable | None:
-        """Read or gather what least squares needs, in as many rounds as asked for.
+    def statistics(self, sources: Sequence[CalibrationTexts | Path]) -> GramTable:
+        """Read or gather what a calibrated method needs, in as many rounds as asked for.
 
         Args:
-            sources: For each adapter texts of its task, or a file of statistics; none where the method needs none.
+            sources: For each adapter texts of its task, or a file of statistics.
         """
-        if not sources:
-            return None
         files = {t: source for t, source in enumerate(sources) if isinstance(source, Path)}
         if self.options.rounds > 1 and files:
             raise UserError("rounds runs the merged adapter on the tasks' texts: give texts or tasks, not files.")
         texts = [source for source in sources if isinstance(source, CalibrationTexts)]
         names = [str(files.get(t, "")) for t in range(len(sources))]
-        running: Running = "average"
+        running = "average"
         with tempfile.TemporaryDirectory() as scratch:
             for number in range(self.options.rounds):
                 gathered = iter(self.gather(texts, running) if texts else [])
                 tasks = [read_statistics(files[t]) if t in files else next(gathered) for t in range(len(sources))]
                 table = GramTable(self.layout, tasks, names)
                 if number + 1 < self.options.rounds:
-                    running = Path(scratch, f"round_{number}")
-                    running.mkdir()
-                    self.write(running, table)
+                    running = f"{scratch}/round_{number}"
+                    Path(running).mkdir()
+                    merge_to(Path(running), self.layout, self.row, self.options, table)
         return table
 
-    def gather(self, texts: Sequence[CalibrationTexts], running: Running) -> list[TaskStatistics]:
-        """The statistics of each task's texts while an adapter runs."""
+    def gather(self, texts: Sequence[CalibrationTexts], running: str) -> list[TaskStatistics]:
+        """The statistics of each task's texts while an adapter runs: a saved one, ``average`` or ``none``."""
         tasks, loaded, options = [], self.base(), self.options
         with self._running(running) as model:
-            for task in texts:
-                statistics = gather(model, self.layout, task.rows, options.tokens, options.batch_size)
-                origin = provenance(
-                    seeds={}, data_sha256=task.origin.get("data_sha256", {}), model_sha256=loaded.sha256
-                )
+            for rows, known in texts:
+                statistics = gather(model, self.layout, rows, options.tokens, options.batch_size)
+                said = dict(known)
+                data = said.pop("data_sha256", {})
                 statistics.origin = {
-                    **{key: value for key, value in task.origin.items() if key != "data_sha256"},
-                    "texts": len(task.rows),
+                    **said,
+                    "texts": len(rows),
                     "tokens": options.tokens,
                     "token_count": float(statistics.tokens.sum()),
-                    "run": str(running),
+                    "run": running,
                     "adapters": [adapter.fingerprint for adapter in self.adapters],
-                    "provenance": dataclasses.asdict(origin),
+                    "provenance": dataclasses.asdict(
+                        provenance(seeds={}, data_sha256=data, model_sha256=loaded.sha256)
+                    ),
                 }
                 tasks.append(statistics)
         return tasks
 
     @contextmanager
-    def _running(self, running: Running) -> Iterator[nn.Module]:
+    def _running(self, running: str) -> Iterator[nn.Module]:
         """The base model with an adapter on it while texts are read."""
         loaded = self.base()
         if running == "none":
             yield loaded.model
             return
         with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) if running == "average" else Path(running)
+            folder = Path(scratch if running == "average" else running)
             if running == "average":
                 average = MergeOptions(base_model=self.options.base_model)
                 merge_to(folder, self.layout, METHODS["average"], average, quiet=True)
             with adapted(loaded, folder) as (model, _):
                 yield model
-
-    def write(
-        self,
-        folder: Path,
-        statistics: GramTable | None = None,
-        options: MergeOptions | None = None,
-        quiet: bool = False,
-    ) -> MergeReport:
-        """Write the merged adapter's config and tensors into an existing folder.
-
-        Args:
-            folder: Where to. statistics: For least squares.
-            options: In place of the job's own. quiet: Show no progress.
-        """
-        return merge_to(folder, self.layout, self.row, options or self.options, statistics, quiet)
-
-    def record(
-        self, folder: Path, report: MergeReport, statistics: GramTable | None, config: dict[str, Any], **more: Any
-    ) -> MergeRecord:
-        """What this merge did.
-
-        Args:
-            folder: With the merged adapter. report: Of its merge. statistics: That it used.
-            config: The options as a record keeps them. more: Further fields of the record.
-        """
-        # Blocks that several inputs share have one routing bias in place of theirs, and a rank limit cuts.
-        exact = not report.rank_error and all(len(block.sources) == 1 for block in self.layout.blocks)
-        sha256 = self.loaded.sha256 if self.loaded else ""
-        return MergeRecord(
-            status="complete",
-            provenance=dataclasses.replace(self.origin, finished=now(), model_sha256=sha256),
-            config=config,
-            method=self.row.name,
-            exact=self.row.exact and exact,
-            inputs=[
-                {
-                    "path": str(adapter.path),
-                    "fingerprint": adapter.fingerprint,
-                    "kind": adapter.kind.name,
-                    "weight": weight,
-                    "base_model": adapter.base_model,
-                    "modules": len(adapter.modules),
-                }
-                for adapter, weight in zip(self.adapters, report.weights, strict=True)
-            ],
-            weight_sum=sum(report.weights),
-            routed=report.routed,
-            shared=report.shared,
-            adapter_fingerprint=read_adapter(folder, tuple(RESULTS)).fingerprint,
-            measured=_measured(report),
-            calibration=[task.origin for task in statistics.tasks] if statistics else [],
-            seconds=round(time.monotonic() - self.started, 2),
-            **{"parameters": self.parameters(self.options, report), **more},
-        )
-
-    def parameters(self, options: MergeOptions, report: MergeReport) -> dict[str, Any]:
-        """The settings of the method as they were used, for the record."""
-        parameters: dict[str, Any] = {"share": options.share, "seed": options.seed}
-        if self.row.density is not None:
-            parameters["density"] = self.row.density if options.density is None else options.density
-        if options.rank is not None:
-            parameters["rank"] = options.rank
-        if report.ridge:
-            counts = Counter(report.ridge.values())
-            parameters["ridge"] = {f"{ridge:g}": count for ridge, count in sorted(counts.items())}
-        return parameters
-
-
-def _measured(report: MergeReport) -> dict[str, float]:
-    measured = {}
-    for name, values in (("rank_error", report.rank_error), ("least_squares_error_ratio", report.objective)):
-        if values:
-            measured[f"{name}_mean"] = sum(values.values()) / len(values)
-            measured[f"{name}_max"] = max(values.values())
-    return measured

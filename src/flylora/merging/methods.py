@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
@@ -24,9 +23,6 @@ from torch import Tensor
 from flylora.functional import Block
 from flylora.least_squares import solve_ridge
 
-Pruning = Literal["magnitude", "random", "none"]
-SignMethod = Literal["total", "frequency"]
-
 # Entries of all inputs' updates that are combined at once, row by row: few enough to stay in a processor's cache.
 _CHUNK_ENTRIES = 1 << 19
 # Up to this many entries the pruning threshold is exact; above it, it comes from a sample of that size.
@@ -36,7 +32,7 @@ _SAMPLE = 1 << 20
 _GROUP = 32
 
 
-# --- routed and exact ------------------------------------------------------------------------------------------
+# --- on codes --------------------------------------------------------------------------------------------------
 
 
 def weighted_sum(ups: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -51,15 +47,8 @@ def weighted_sum(ups: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return out
 
 
-# --- least squares ---------------------------------------------------------------------------------------------
-
-
 def least_squares(
-    ups: Sequence[Tensor],
-    grams: Sequence[Tensor],
-    weights: Sequence[float],
-    prior: Tensor,
-    ridge: float,
+    ups: Sequence[Tensor], grams: Sequence[Tensor], weights: Sequence[float], prior: Tensor, ridge: float
 ) -> Tensor:
     """B* = (sum_t w_t B_t' G_t + lambda P)(sum_t w_t G_t + lambda I)^-1, (m, R), computed in float64.
 
@@ -74,10 +63,9 @@ def least_squares(
     Raises:
         UserError: ridge is 0 and the codes do not span all R directions, so that there is no single solution.
     """
-    total = sum(weight * gram.double() for gram, weight in zip(grams, weights, strict=True))
-    target = sum(weight * (up.double() @ gram.double()) for up, gram, weight in zip(ups, grams, weights, strict=True))
-    assert isinstance(total, Tensor)
-    assert isinstance(target, Tensor)
+    wide = [gram.double() for gram in grams]
+    total = weighted_sum(wide, weights)
+    target = weighted_sum([up.double() @ gram for up, gram in zip(ups, wide, strict=True)], weights)
     return solve_ridge(target, total, prior, ridge).to(prior.dtype)
 
 
@@ -169,14 +157,6 @@ def linear_share(block: Block) -> float:
     return q + 2 * t * normal.pdf(t)
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Global CPU random numbers from a seed inside the block, and as they were before after it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
 def magnitude_threshold(update: Update, density: float) -> float:
     """The magnitude of the int(density m n)-th largest entry of W_t; infinity where none is kept.
 
@@ -213,111 +193,81 @@ def _balanced_sample(update: Update) -> Tensor:
 
 def _just_below(value: float) -> float:
     """The float32 before a positive one; infinity stays."""
-    if not 0 < value < math.inf:
-        return value
-    return float(torch.nextafter(torch.tensor(value), torch.tensor(0.0)))
-
-
-def _chunks(m: int, row_entries: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _CHUNK_ENTRIES // max(1, row_entries))
-    for start in range(0, m, step):
-        yield start, min(m, start + step)
+    return float(torch.nextafter(torch.tensor(value), torch.tensor(0.0))) if 0 < value < math.inf else value
 
 
 def sparsified_sum(
     updates: Sequence[Update],
     weights: Sequence[float],
     density: float,
-    pruning: Pruning,
+    pruning: Literal["magnitude", "random"],
     elect_sign: bool,
-    sign_method: SignMethod = "total",
 ) -> Tensor:
     """One matrix (m, n) from the inputs' pruned updates, row by row, equal to what peft.utils.merge_utils makes.
 
     Random pruning is PEFT's own; magnitudes are cut at a threshold and signs elected by whole-number arithmetic on
     floats, which is the same result as PEFT's (the tests hold them together) at a third of the time: its boolean and
-    integer masks cost more than the products.
-
-    ================= ========== =========== ==========================================================
-    method            pruning    elect_sign  paper
-    ================= ========== =========== ==========================================================
-    magnitude_prune   magnitude  no          magnitude pruning before task arithmetic
-    ties              magnitude  yes         Yadav et al., NeurIPS 2023, arXiv 2306.01708
-    dare              random     no          Yu et al., ICML 2024, arXiv 2311.03099
-    dare_ties         random     yes         both
-    ================= ========== =========== ==========================================================
+    integer masks cost more than the products. Which settings are which method is in `table`.
 
     Args:
         updates: the W_t. weights: w_t. density: share of entries to keep, in (0, 1].
         pruning: keep the largest magnitudes of each W_t, or random ones rescaled by 1 / density.
-        elect_sign: at each entry average only the inputs that agree with the elected sign (TIES); else sum all.
-        sign_method: elect by total mass or by count.
+        elect_sign: at each entry average only the inputs that agree with the sign of the total mass (TIES); else sum
+            all.
     """
     m, n = updates[0].shape
-    pruned = density < 1 and pruning != "none"
-    thresholds = [
-        magnitude_threshold(update, density) if pruned and pruning == "magnitude" else 0.0 for update in updates
-    ]
+    by_magnitude, by_chance = (density < 1 and pruning == kind for kind in ("magnitude", "random"))
+    thresholds = [magnitude_threshold(update, density) if by_magnitude else 0.0 for update in updates]
     out = torch.empty(m, n)
     scale = torch.tensor(weights).view(-1, 1, 1)
-    for start, stop in _chunks(m, n * len(updates)):
+    step = max(1, _CHUNK_ENTRIES // max(1, n * len(updates)))
+    for start in range(0, m, step):
+        stop = min(m, start + step)
         stacked = torch.empty(len(updates), stop - start, n)
         for part, update, threshold in zip(stacked, updates, thresholds, strict=True):
             rows = update.rows(start, stop)
-            if pruned and pruning == "magnitude":
+            if by_magnitude:
                 # hardshrink zeroes what is at most its argument: the entry at the threshold stays.
                 rows = F.hardshrink(rows, _just_below(threshold))
-            elif pruned:
-                with seeded(update_seed(update.seed, "rows", str(start))):
+            elif by_chance:
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(update_seed(update.seed, "rows", str(start)))
                     rows = merge_utils.random_pruning(rows, density, rescale=True)
             part.copy_(rows)
         if not elect_sign:
             torch.sum(stacked.mul_(scale), dim=0, out=out[start:stop])
             continue
-        sign = _elected_sign(stacked, sign_method)
+        # 1 or -1 at each entry; a tie, and nothing at all, is 1.
+        sign = stacked.sum(dim=0).ge_(0).mul_(2).sub_(1)
         agreeing = stacked.mul_(sign).relu_()
         count = agreeing.sign().sum(dim=0).clamp_(min=1)
         torch.div(agreeing.mul_(scale).sum(dim=0).mul_(sign), count, out=out[start:stop])
     return out
 
 
-def _elected_sign(stacked: Tensor, method: SignMethod) -> Tensor:
-    """1 or -1 at each entry, by total mass or by count; a tie, and nothing at all, is 1."""
-    votes = stacked if method == "total" else stacked.sign()
-    return votes.sum(dim=0).ge_(0).mul_(2).sub_(1)
-
-
-def knots(
-    updates: Sequence[Update],
-    weights: Sequence[float],
-    merge: Callable[[list[Update]], Tensor],
-) -> tuple[Tensor, Tensor]:
+def knots(updates: Sequence[Update], merge: Callable[[list[Update]], Tensor]) -> tuple[Tensor, Tensor]:
     """Factors (m, q), (q, n) of a merge in the common basis of all updates (KnOTS, Stoica et al., arXiv 2410.19735).
 
     [W_1 ... W_T] = U S [V_1 ... V_T], side by side; the V_t, which share one basis, are merged like matrices, and
     U S V is the update. All through factors: the only SVD is (sum of r) x (sum of r), and q is the sum of r at most.
 
     Args:
-        updates: the W_t with both factors. weights: w_t, which ``merge`` applies too; here they only fix the number.
+        updates: the W_t with both factors.
         merge: from the V_t, as updates without a second factor, to one matrix (q, n).
     """
-    if len(updates) != len(weights):
-        raise ValueError(f"{len(updates)} updates and {len(weights)} weights: give one weight an update.")
     left, left_core = torch.linalg.qr(torch.cat([update.up for update in updates], dim=1))
-    rights, cores, start = [], [], 0
-    for update in updates:
+    widths = [update.up.shape[1] for update in updates]
+    rights, cores = [], []
+    for update, left_part in zip(updates, left_core.split(widths, dim=1), strict=True):
         assert update.down is not None
-        rank = update.up.shape[1]
         right, right_core = torch.linalg.qr(update.down.t())
         rights.append(right)
-        cores.append(left_core[:, start : start + rank] @ right_core.t())
-        start += rank
+        cores.append(left_part @ right_core.t())
     u, s, vt = torch.linalg.svd(torch.cat(cores, dim=1), full_matrices=False)
     kept = s > s[0] * torch.finfo(s.dtype).eps * max(u.shape[0], vt.shape[1])
     u, s, vt = u[:, kept], s[kept], vt[kept]
-    widths = [core.shape[1] for core in cores]
     parts = [
         Update(part @ right.t(), None, update.seed)
-        for part, right, update in zip(vt.split(widths, dim=1), rights, updates, strict=True)
+        for part, right, update in zip(vt.split([core.shape[1] for core in cores], dim=1), rights, updates, strict=True)
     ]
     return left @ (u * s), merge(parts)

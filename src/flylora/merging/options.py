@@ -1,18 +1,21 @@
-"""How to merge: the options of `flylora.merging.merge`, checked when they are made."""
+"""What a merge is asked for, and the record of what it did."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat
 
 from flylora.activations import Tokens
 from flylora.errors import UserError
 from flylora.options import Count, options
+from flylora.records import Record
 
 MethodName = Literal["average", "sum", "least_squares", "ties", "dare", "dare_ties", "magnitude_prune", "knots"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+RECORD_NAME = "merge_record.json"
 
 FACTOR_AVERAGE = (
     "Averaging the factors A and B separately is not a merge of the updates: mean(B) mean(A) = (1/T^2) sum over i, j "
@@ -79,3 +82,39 @@ class MergeOptions(TextOptions):
     ridge: NonNegativeFloat | None = None
     rounds: Count = 1
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRecord(Record):
+    """One merge.
+
+    Attributes:
+        method: its name. exact: whether the output is exactly the weighted sum of the inputs' outputs.
+        inputs: path, fingerprint, kind, weight and base model of each input.
+        weight_sum: of the weights as applied.
+        routed: whether the result routes (FlyLoRA) or is a plain LoRA.
+        shared: whether the inputs shared one projection.
+        adapter_fingerprint: of the result.
+        parameters: density, rank or ridge as they were used.
+        measured: mean and largest relative error of a rank limit; least squares' error relative to the average's.
+        calibration: where each task's statistics come from.
+        search: what was tried on the validation split, with the retention there.
+        evaluation: one row a task, see `retention.TaskRetention`. mean_retention: value and standard error.
+    """
+
+    kind: ClassVar[str] = "merge"
+
+    method: str
+    exact: bool
+    inputs: list[dict[str, Any]]
+    weight_sum: float
+    routed: bool
+    shared: bool
+    adapter_fingerprint: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+    calibration: list[dict[str, Any]] = field(default_factory=list)
+    search: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: list[dict[str, Any]] = field(default_factory=list)
+    mean_retention: tuple[float, float] | None = None
+    seconds: float = 0.0

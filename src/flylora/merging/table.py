@@ -13,8 +13,6 @@ from flylora.errors import UserError
 from flylora.merging.methods import Update, sparsified_sum
 from flylora.merging.options import MethodName
 
-Result = Literal["codes", "matrix"]
-
 MatrixMerge = Callable[[Sequence[Update], Sequence[float], float], Tensor]
 """From the inputs' updates, weights and density to one matrix."""
 
@@ -38,7 +36,7 @@ class Method:
     name: MethodName
     summary: str
     paper: str
-    works_on: Result
+    works_on: Literal["codes", "matrix"]
     exact: bool = False
     normalises: bool = True
     calibrated: bool = False
@@ -46,10 +44,20 @@ class Method:
     combine: MatrixMerge | None = None
     common_basis: bool = False
 
+    def effective_weights(self, given: Sequence[float] | None, count: int) -> list[float]:
+        """w_t as they are applied: given ones or 1 each, divided by their sum where the method normalises.
 
-def _sparsified(pruning: Literal["magnitude", "random"], elect_sign: bool) -> MatrixMerge:
-    return partial(sparsified_sum, pruning=pruning, elect_sign=elect_sign)
+        Raises:
+            UserError: they must be divided by their sum, and it is 0.
+        """
+        weights = [1.0] * count if given is None else [float(weight) for weight in given]
+        total = sum(weights) if self.normalises else 1.0
+        if total == 0:
+            raise UserError(f"The weights {weights} sum to 0, so {self.name} cannot divide by it: use the method sum.")
+        return [weight / total for weight in weights]
 
+
+_largest_elected = partial(sparsified_sum, pruning="magnitude", elect_sign=True)
 
 _ROWS = (
     Method(
@@ -81,7 +89,7 @@ _ROWS = (
         works_on="matrix",
         normalises=False,
         density=0.2,
-        combine=_sparsified("magnitude", elect_sign=True),
+        combine=_largest_elected,
     ),
     Method(
         name="dare",
@@ -89,7 +97,7 @@ _ROWS = (
         paper="Yu et al., ICML 2024, arXiv 2311.03099",
         works_on="matrix",
         density=0.5,
-        combine=_sparsified("random", elect_sign=False),
+        combine=partial(sparsified_sum, pruning="random", elect_sign=False),
     ),
     Method(
         name="dare_ties",
@@ -98,7 +106,7 @@ _ROWS = (
         works_on="matrix",
         normalises=False,
         density=0.5,
-        combine=_sparsified("random", elect_sign=True),
+        combine=partial(sparsified_sum, pruning="random", elect_sign=True),
     ),
     Method(
         name="magnitude_prune",
@@ -106,7 +114,7 @@ _ROWS = (
         paper="pruning by magnitude before task arithmetic",
         works_on="matrix",
         density=0.5,
-        combine=_sparsified("magnitude", elect_sign=False),
+        combine=partial(sparsified_sum, pruning="magnitude", elect_sign=False),
     ),
     Method(
         name="knots",
@@ -115,27 +123,11 @@ _ROWS = (
         works_on="matrix",
         normalises=False,
         density=0.2,
-        combine=_sparsified("magnitude", elect_sign=True),
+        combine=_largest_elected,
         common_basis=True,
     ),
 )
 
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
-
-
-def effective_weights(row: Method, given: Sequence[float] | None, count: int) -> list[float]:
-    """w_t as they are applied: given ones or 1 each, divided by their sum where the method normalises.
-
-    Raises:
-        UserError: they must be divided by their sum, and it is 0.
-    """
-    weights = [1.0] * count if given is None else [float(weight) for weight in given]
-    if not row.normalises:
-        return weights
-    total = sum(weights)
-    if total == 0:
-        raise UserError(f"The weights {weights} sum to 0, so {row.name} cannot divide by it: use the method sum.")
-    return [weight / total for weight in weights]
-
 
 assert set(METHODS) == set(get_args(MethodName))

@@ -11,12 +11,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from flylora.adapter_folder import read_adapter
 from flylora.errors import UserError
 from flylora.lab.data import encode
 from flylora.lab.evaluation.retention import (
     ItemLosses,
-    TaskRetention,
     as_json,
     item_losses,
     markdown,
@@ -28,13 +26,12 @@ from flylora.lab.merging import split_lora  # noqa: F401  lets Split-LoRA adapte
 from flylora.lab.merging.config import CalibrateConfig, MergeConfig
 from flylora.lab.tasks import Task, load_task
 from flylora.merging.calibration import GramTable, TaskStatistics
-from flylora.merging.engine import RESULTS, RIDGES
-from flylora.merging.merge import CalibrationTexts, MergeJob, calibrate, check_options
-from flylora.merging.options import MergeOptions
-from flylora.merging.record import RECORD_NAME, MergeRecord
-from flylora.merging.table import Method, effective_weights
-from flylora.models import LoadedModel, load_base
-from flylora.records import new_folder, write_record, write_text
+from flylora.merging.engine import RIDGES, merge_to
+from flylora.merging.merge import CalibrationTexts, MergeJob, run, run_calibration
+from flylora.merging.options import MergeOptions, MergeRecord
+from flylora.merging.table import Method
+from flylora.models import LoadedModel
+from flylora.records import write_text
 from flylora.texts import Encoded
 
 TABLE_NAME = "retention.md"
@@ -56,31 +53,38 @@ def merge_adapters(config: MergeConfig, loaded: LoadedModel | None = None) -> Me
     Raises:
         UserError: the adapters cannot be merged so, or something cannot be read or written; nothing is left behind.
     """
-    check_options(config, len(config.adapters), bool(config.calibrate))
-    out = Path(config.out)
-    with new_folder(out, config.overwrite) as folder:
-        job = MergeJob(config.adapters, config, loaded)
-        statistics = job.statistics([_source(job, name, config) for name in config.calibrate])
-        options: MergeOptions = config
-        tried: list[dict[str, Any]] = []
-        if config.search:
-            options, tried = _search(job, config, statistics)
-        report = job.write(folder, statistics, options)
-        rows = _evaluation(job, config, folder)
-        record = job.record(
-            folder,
-            report,
-            statistics,
-            dataclasses.asdict(config),
-            parameters=job.parameters(options, report),
-            search=tried,
-            evaluation=as_json(rows),
-            mean_retention=mean_retention(rows) if rows else None,
+
+    def read(job: MergeJob) -> list[CalibrationTexts | Path]:
+        return [
+            Path(name) if name.endswith(".safetensors") else _task_texts(job, name, config) for name in config.calibrate
+        ]
+
+    def tune(job: MergeJob, statistics: GramTable | None) -> tuple[MergeOptions, list[dict[str, Any]]]:
+        return _search(job, config, statistics)
+
+    def measure(job: MergeJob, merged: Path) -> dict[str, Any]:
+        rows = retention_table(
+            job.base(),
+            [adapter.path for adapter in job.adapters],
+            merged,
+            config.evaluate,
+            config.eval_split,
+            config.eval_limit,
+            data_dir=config.data_dir,
+            batch_size=config.batch_size,
         )
-        write_record(record, folder / RECORD_NAME)
-        if rows:
-            write_text(folder / TABLE_NAME, markdown(rows))
-    return record
+        write_text(merged / TABLE_NAME, markdown(rows))
+        return {"evaluation": as_json(rows), "mean_retention": mean_retention(rows)}
+
+    return run(
+        config.adapters,
+        config.out,
+        config,
+        loaded,
+        read if config.calibrate else None,
+        tune if config.search else None,
+        measure if config.evaluate else None,
+    )
 
 
 def calibrate_adapters(config: CalibrateConfig, loaded: LoadedModel | None = None) -> TaskStatistics:
@@ -89,39 +93,22 @@ def calibrate_adapters(config: CalibrateConfig, loaded: LoadedModel | None = Non
     Raises:
         UserError: adapters, task or model do not fit, or the file cannot be written.
     """
-    if loaded is None:
-        adapters = [read_adapter(path, tuple(RESULTS)) for path in config.adapters]
-        loaded = load_base(adapters, config.model or config.base_model, config.dtype, config.device)
-    return calibrate(
-        config.adapters,
-        task_texts(config.task, loaded, config.texts, config.data_dir),
-        config.out,
-        run=config.run,
-        tokens=config.tokens,
-        share=config.share,
-        model=loaded,
-        base_model=config.base_model,
-        batch_size=config.batch_size,
-        overwrite=config.overwrite,
-    )
+
+    def read(job: MergeJob) -> CalibrationTexts:
+        return _task_texts(job, config.task, config)
+
+    return run_calibration(config.adapters, config.out, config, read, config.run, loaded)
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
 
 
-def _source(job: MergeJob, name: str, config: MergeConfig) -> CalibrationTexts | Path:
-    """A file of statistics, or the texts of a task."""
-    if name.endswith(".safetensors"):
-        return Path(name)
-    return task_texts(name, job.base(), config.texts, config.data_dir)
-
-
-def task_texts(name: str, loaded: LoadedModel, wanted: int, data_dir: str | None) -> CalibrationTexts:
-    """Training texts of a task for a calibration."""
-    task = load_task(name, data_dir)
+def _task_texts(job: MergeJob, name: str, config: MergeConfig | CalibrateConfig) -> CalibrationTexts:
+    """Training texts of a task."""
+    task = load_task(name, config.data_dir)
     data = {"train": task.data_hash("train")}
     origin = {"task": task.name, "task_version": task.version, "data_sha256": data}
-    return CalibrationTexts(calibration_rows(task, loaded.tokenizer, wanted), origin)
+    return CalibrationTexts(calibration_rows(task, job.base().tokenizer, config.texts), origin)
 
 
 def calibration_rows(task: Task, tokenizer: PreTrainedTokenizerBase, wanted: int) -> list[Encoded]:
@@ -153,9 +140,8 @@ def candidates(row: Method, options: MergeOptions, count: int) -> list[MergeOpti
     """The grid of a search: a common factor on the weights, densities or ridges, whichever the method has."""
     if row.calibrated:
         return [dataclasses.replace(options, ridge=ridge) for ridge in RIDGES]
-    densities: Sequence[float | None] = (options.density,)
-    if row.density is not None and options.density is None:
-        densities = SEARCH_DENSITIES
+    pruning = row.density is not None and options.density is None
+    densities: Sequence[float | None] = SEARCH_DENSITIES if pruning else (options.density,)
     if row.normalises:
         return [dataclasses.replace(options, density=density) for density in densities]
     weights = options.weights or [1.0] * count
@@ -167,60 +153,30 @@ def _search(
     job: MergeJob, config: MergeConfig, statistics: GramTable | None
 ) -> tuple[MergeOptions, list[dict[str, Any]]]:
     """The candidate with the best mean retention on the validation split; every one tried is kept for the record."""
+
+    def losses(adapter: Path | None, task: str) -> ItemLosses:
+        limit, data_dir, batch_size = config.search_limit, config.data_dir, config.batch_size
+        return item_losses(job.base(), adapter, task, "validation", limit, data_dir=data_dir, batch_size=batch_size)
+
     references = [
-        (_validation_losses(job, config, None, task), _validation_losses(job, config, adapter.path, task))
+        (losses(None, task), losses(adapter.path, task))
         for task, adapter in zip(config.evaluate, job.adapters, strict=True)
     ]
     tried: list[dict[str, Any]] = []
     best: tuple[float, MergeOptions] = (float("-inf"), config)
     for candidate in candidates(job.row, config, len(job.adapters)):
         with tempfile.TemporaryDirectory() as scratch:
-            job.write(Path(scratch), statistics, candidate, quiet=True)
+            result = merge_to(Path(scratch), job.layout, job.row, candidate, statistics, quiet=True)
             kept = []
             for task, (base, single) in zip(config.evaluate, references, strict=True):
-                share = retention(base, single, _validation_losses(job, config, Path(scratch), task))
+                share = retention(base, single, losses(Path(scratch), task))
                 if share is None:
                     raise UserError(
                         f"The adapter for {task} is no better than the base model on its validation split, so there is "
                         "nothing to keep: check the order of adapters and tasks."
                     )
                 kept.append(share[0])
-        mean = sum(kept) / len(kept)
-        tried.append(
-            {
-                "weights": effective_weights(job.row, candidate.weights, len(job.adapters)),
-                "density": candidate.density,
-                "ridge": candidate.ridge,
-                "retention": kept,
-                "mean": mean,
-            }
-        )
-        best = max(best, (mean, candidate), key=lambda pair: pair[0])
+        used = {"weights": result.weights, "density": candidate.density, "ridge": candidate.ridge}
+        tried.append({**used, "retention": kept, "mean": sum(kept) / len(kept)})
+        best = max(best, (tried[-1]["mean"], candidate), key=lambda pair: pair[0])
     return best[1], tried
-
-
-def _validation_losses(job: MergeJob, config: MergeConfig, adapter: Path | None, task: str) -> ItemLosses:
-    return item_losses(
-        job.base(),
-        adapter,
-        task,
-        "validation",
-        config.search_limit,
-        data_dir=config.data_dir,
-        batch_size=config.batch_size,
-    )
-
-
-def _evaluation(job: MergeJob, config: MergeConfig, merged: Path) -> list[TaskRetention]:
-    if not config.evaluate:
-        return []
-    return retention_table(
-        job.base(),
-        [adapter.path for adapter in job.adapters],
-        merged,
-        config.evaluate,
-        config.eval_split,
-        config.eval_limit,
-        data_dir=config.data_dir,
-        batch_size=config.batch_size,
-    )

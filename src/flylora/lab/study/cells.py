@@ -29,7 +29,7 @@ from flylora.lab.tasks import load_task
 from flylora.lab.training.config import TrainConfig
 from flylora.lab.training.fit import fit as train
 from flylora.lab.training.record import RECORD_NAME, TrainRecord
-from flylora.merging.record import MergeRecord
+from flylora.merging.options import MergeRecord
 from flylora.models import LoadedModel, first_line, load_model, resolve_model
 from flylora.records import (
     adapter_fingerprint,
