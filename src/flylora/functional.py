@@ -111,7 +111,7 @@ def _forward(
         ranks = select(y, adapter.routing_bias, adapter.blocks)  # (N, K)
         codes = y.gather(1, ranks)  # (N, K)
         z = _spread(codes, ranks, y.shape[1])  # (N, r)
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         if output is None:
             # On x as it came: a strided x flattened first gives other last bits than the layer itself would.
             out = F.linear(x, *frozen).contiguous()  # (..., m)
@@ -150,7 +150,7 @@ class _RoutedUpdate(torch.autograd.Function):
         grad = grad_out.reshape(-1, grad_out.shape[-1])  # (N, m)
         ranks = None if small is None else small.long()  # (N, K)
         grad_x = grad_up = None
-        with _without_autocast(grad.device.type):
+        with without_autocast(grad.device.type):
             if need_x:
                 grad_z = grad @ up.to(grad.dtype)  # (N, r)
                 if ranks is not None:
@@ -181,7 +181,7 @@ def _narrowest_integer(r: int) -> torch.dtype:
     return torch.uint8 if r <= 256 else torch.int16 if r <= 32768 else torch.int32
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Autocast off inside the block. Entering torch's own context takes longer than a small layer's products."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type=device_type, enabled=False)
@@ -201,7 +201,7 @@ def project(x: Tensor, projection: Tensor) -> Tensor:
         (N, r), float32, or float64 for a float64 input.
     """
     dtype = x.dtype if x.dtype == projection.dtype else torch.promote_types(x.dtype, torch.float32)
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         return F.linear(x.to(dtype), projection.to(dtype))
 
 

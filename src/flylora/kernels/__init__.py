@@ -1,16 +1,19 @@
 """The routed update by the fastest kernel there is; a layer calls [`routed_update`] and never knows which one ran.
 
-A kernel is a module of this package with two functions: ``usable(x, base, adapter)`` says whether it computes a call,
-and ``routed_update(x, base, adapter)`` computes it, with the meaning of [`flylora.functional.routed_update`]. To add
-one, write the module and put it into ``KERNELS``; the first that is usable runs.
+A kernel is a module of this package with three functions: ``usable(x, base, adapter)`` says whether it computes a call,
+``routed_update(x, base, adapter)`` computes it, with the meaning of [`flylora.functional.routed_update`], and
+``gated_update`` computes [`flylora.gating.gated_update`], where there are no gradients. To add one, write the module
+and put it into ``KERNELS``; the first that is usable runs.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from flylora import functional
+from flylora import functional, gating
 from flylora.functional import Adapter, Frozen
+from flylora.gating import Evidence, Gate
 from flylora.kernels import cpu
 
 KERNELS = (cpu,)
@@ -22,3 +25,14 @@ def routed_update(x: Tensor, base: Tensor | Frozen, adapter: Adapter) -> Tensor:
         if kernel.usable(x, base, adapter):
             return kernel.routed_update(x, base, adapter)
     return functional.routed_update(x, base, adapter)
+
+
+def gated_update(
+    x: Tensor, base: Tensor | Frozen, adapter: Adapter, gate: Gate, before: Evidence | None = None
+) -> tuple[Tensor, Evidence]:
+    """[`flylora.gating.gated_update`], by a kernel where one is usable and no gradient is wanted."""
+    if not torch.is_grad_enabled():
+        for kernel in KERNELS:
+            if kernel.usable(x, base, adapter):
+                return kernel.gated_update(x, base, adapter, gate, before)
+    return gating.gated_update(x, base, adapter, gate, before)

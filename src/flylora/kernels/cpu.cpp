@@ -229,20 +229,52 @@ Tensor project(const Tensor& x, const Tensor& projection) {
   return y;
 }
 
-// Selects, stores the codes, and adds s z B^T to out (N, m) in place.
-template <typename scalar>
-void forward_tokens(const Tensor& y, const Tensor& d, const Tensor& up, Tensor& out, Tensor& values, Tensor& indices,
-                    float scaling, const Routing& routing) {
-  const int64_t tokens = out.size(0), m = out.size(1), ranks = routing.ranks(), active = routing.active();
-  const int64_t k = routing.k;
+// Multiplies the codes of each token by the gates of their tasks (flylora.gating), and returns the evidence (N, T).
+// A negative sharpness gives the likeliest task alone.
+Tensor apply_gates(const Tensor& y, Tensor& values, const Tensor& indices, const Tensor& weight, const Tensor& bias,
+                   const Tensor& owner, const std::optional<Tensor>& before, double sharpness) {
+  const int64_t tokens = y.size(0), ranks = y.size(1), tasks = weight.size(0), active = indices.size(1);
+  const Tensor rule = weight.contiguous(), owners = owner.contiguous(), constant = bias.contiguous();
+  Tensor evidence = at::zeros({tokens, tasks}, y.options());
+  if (before) evidence.copy_(before->reshape({tokens, tasks}));
+  const float *y_data = y.const_data_ptr<float>(), *rule_data = rule.const_data_ptr<float>();
+  const float* constant_data = constant.const_data_ptr<float>();
+  const int64_t* owner_data = owners.const_data_ptr<int64_t>();
+  const int16_t* index_data = indices.const_data_ptr<int16_t>();
+  float *evidence_data = evidence.mutable_data_ptr<float>(), *value_data = values.mutable_data_ptr<float>();
+  for_shares(tokens, [&](int64_t, int64_t begin, int64_t end) {
+    std::vector<float> gate(tasks);
+    for (int64_t t = begin; t < end; ++t) {
+      float* total = evidence_data + t * tasks;
+      for (int64_t a = 0; a < tasks; ++a) {
+        dot_rows<1>(&gate[a], rule_data + a * ranks, y_data + t * ranks, ranks);
+        gate[a] += constant_data[a];
+      }
+      const float highest = *std::max_element(gate.begin(), gate.end());
+      float sum = 0.0f;
+      for (int64_t a = 0; a < tasks; ++a) sum += std::exp(gate[a] - highest);
+      for (int64_t a = 0; a < tasks; ++a) total[a] += gate[a] - highest - std::log(sum);
+      const int64_t likeliest = std::max_element(total, total + tasks) - total;
+      sum = 0.0f;
+      for (int64_t a = 0; a < tasks; ++a) {
+        gate[a] = sharpness < 0.0 ? (a == likeliest ? 1.0f : 0.0f)
+                                  : std::exp(static_cast<float>(sharpness) * (total[a] - total[likeliest]));
+        sum += gate[a];
+      }
+      for (int64_t a = t * active; a < (t + 1) * active; ++a) value_data[a] *= gate[owner_data[index_data[a]]] / sum;
+    }
+  });
+  return evidence;
+}
+
+// The selected ranks of each token, (N, active), and their codes.
+void select_tokens(const Tensor& y, const Tensor& d, Tensor& values, Tensor& indices, const Routing& routing) {
+  const int64_t ranks = routing.ranks(), active = routing.active(), k = routing.k;
   const float* y_data = y.const_data_ptr<float>();
   const float* d_data = d.const_data_ptr<float>();
-  const float* up_data = up.const_data_ptr<float>();
-  scalar* out_data = out.mutable_data_ptr<scalar>();
   float* value_data = values.mutable_data_ptr<float>();
   int16_t* index_data = indices.mutable_data_ptr<int16_t>();
-  const bool few = tokens <= kFewTokens;
-  for_shares(tokens, [&](int64_t, int64_t begin, int64_t end) {
+  for_shares(y.size(0), [&](int64_t, int64_t begin, int64_t end) {
     std::vector<float> score(routing.r);
     std::vector<int32_t> larger(routing.r);
     std::vector<int16_t> chosen(k + 1);
@@ -255,7 +287,28 @@ void forward_tokens(const Tensor& y, const Tensor& d, const Tensor& up, Tensor& 
       }
       for (int64_t a = 0; a < active; ++a) value_data[t * active + a] = y_data[t * ranks + index[a]];
     }
-    if (few) return;
+  });
+}
+
+// Adds s z B^T to out (N, m) in place.
+template <typename scalar>
+void add_tokens(const Tensor& values, const Tensor& indices, const Tensor& up, Tensor& out, float scaling) {
+  const int64_t tokens = out.size(0), m = out.size(1), ranks = up.size(1), active = indices.size(1);
+  const float* up_data = up.const_data_ptr<float>();
+  const float* value_data = values.const_data_ptr<float>();
+  const int16_t* index_data = indices.const_data_ptr<int16_t>();
+  scalar* out_data = out.mutable_data_ptr<scalar>();
+  if (tokens <= kFewTokens) {
+    std::vector<float> codes(tokens * ranks, 0.0f);
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t a = t * active; a < (t + 1) * active; ++a)
+        codes[t * ranks + index_data[a]] = scaling * value_data[a];
+    multiply_few(codes.data(), up_data, tokens, m, ranks, [&](int64_t t, int64_t q, float sum) {
+      out_data[t * m + q] = static_cast<scalar>(static_cast<float>(out_data[t * m + q]) + sum);
+    });
+    return;
+  }
+  for_shares(tokens, [&](int64_t, int64_t begin, int64_t end) {
     std::vector<float> packed(ranks * kColumns);
     for (int64_t start = 0; start < m; start += kColumns) {
       const int64_t columns = std::min(kColumns, m - start);
@@ -264,13 +317,6 @@ void forward_tokens(const Tensor& y, const Tensor& d, const Tensor& up, Tensor& 
         add_rows(out_data + t * m + start, packed.data(), index_data + t * active, value_data + t * active, active,
                  columns);
     }
-  });
-  if (!few) return;
-  std::vector<float> codes(tokens * ranks, 0.0f);
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t a = t * active; a < (t + 1) * active; ++a) codes[t * ranks + index_data[a]] = scaling * value_data[a];
-  multiply_few(codes.data(), up_data, tokens, m, ranks, [&](int64_t t, int64_t q, float sum) {
-    out_data[t * m + q] = static_cast<scalar>(static_cast<float>(out_data[t * m + q]) + sum);
   });
 }
 
@@ -359,21 +405,24 @@ void count_load(Tensor& load, const Tensor& indices, const std::optional<Tensor>
 }
 
 struct Codes {
-  Tensor values, indices;
+  Tensor y, values, indices;
 };
 
-// Adds s z B^T to out (..., m) in place, and gives the codes and the selected ranks, (N, active).
-Codes add_update(Tensor& out, const Tensor& x, const Tensor& projection, const Tensor& up, const Tensor& routing_bias,
-                 const Routing& routing, double scaling) {
-  Tensor flat = out.view({-1, out.size(-1)});
+// y, the selected ranks and their codes, (N, active).
+Codes encode(const Tensor& x, const Tensor& projection, const Tensor& routing_bias, const Routing& routing) {
   const Tensor y = project(x, projection);
   Tensor values = at::empty({y.size(0), routing.active()}, y.options());
   Tensor indices = at::empty({y.size(0), routing.active()}, y.options().dtype(at::kShort));
-  const Tensor bias_of_scores = routing_bias.contiguous();
+  select_tokens(y, routing_bias.contiguous(), values, indices, routing);
+  return {y, values, indices};
+}
+
+// Adds s z B^T to out (..., m) in place.
+void add_update(Tensor& out, const Codes& codes, const Tensor& up, double scaling) {
+  Tensor flat = out.view({-1, out.size(-1)});
   DISPATCH_TYPES(flat.scalar_type(), "routed_update", [&] {
-    forward_tokens<scalar_t>(y, bias_of_scores, up, flat, values, indices, static_cast<float>(scaling), routing);
+    add_tokens<scalar_t>(codes.values, codes.indices, up, flat, static_cast<float>(scaling));
   });
-  return {values, indices};
 }
 
 class RoutedLinear : public torch::autograd::Function<RoutedLinear> {
@@ -385,7 +434,8 @@ class RoutedLinear : public torch::autograd::Function<RoutedLinear> {
     at::AutoDispatchBelowADInplaceOrView guard;
     const Routing routing{blocks, projection.size(0) / blocks, k, magnitude};
     Tensor out = at::linear(x, weight, bias).contiguous();
-    const Codes codes = add_update(out, x, projection, up, routing_bias, routing, scaling);
+    const Codes codes = encode(x, projection, routing_bias, routing);
+    add_update(out, codes, up, scaling);
     // Few ranks are kept as single bytes: the codes are all that is saved, never x.
     const bool small = routing.ranks() <= 256;
     ctx->save_for_backward(
@@ -441,7 +491,7 @@ Tensor routed_linear(const Tensor& x, const Tensor& weight, const std::optional<
   at::AutoDispatchBelowADInplaceOrView guard;
   const Routing routing{blocks, projection.size(0) / blocks, k, magnitude};
   Tensor out = at::linear(x, weight, bias).contiguous();
-  add_update(out, x, projection, up, routing_bias, routing, scaling);
+  add_update(out, encode(x, projection, routing_bias, routing), up, scaling);
   return out;
 }
 
@@ -450,7 +500,18 @@ void routed_add_(Tensor out, const Tensor& x, const Tensor& projection, const Te
   TORCH_CHECK(out.is_contiguous(), "routed_add_ works in place, on a contiguous tensor.");
   at::AutoDispatchBelowADInplaceOrView guard;
   const Routing routing{blocks, projection.size(0) / blocks, k, magnitude};
-  add_update(out, x, projection, up, routing_bias, routing, scaling);
+  add_update(out, encode(x, projection, routing_bias, routing), up, scaling);
+}
+
+Tensor gated_add_(Tensor out, const Tensor& x, const Tensor& projection, const Tensor& up, const Tensor& routing_bias,
+                  int64_t blocks, int64_t k, bool magnitude, double scaling, const Tensor& gate,
+                  const Tensor& gate_bias, const Tensor& owner, const std::optional<Tensor>& before, double sharpness) {
+  TORCH_CHECK(out.is_contiguous(), "gated_add_ works in place, on a contiguous tensor.");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  Codes codes = encode(x, projection, routing_bias, {blocks, projection.size(0) / blocks, k, magnitude});
+  const Tensor evidence = apply_gates(codes.y, codes.values, codes.indices, gate, gate_bias, owner, before, sharpness);
+  add_update(out, codes, up, scaling);
+  return evidence;
 }
 
 }  // namespace
@@ -464,4 +525,9 @@ TORCH_LIBRARY(flylora, library) {
       "routed_add_(Tensor(a!) out, Tensor x, Tensor projection, Tensor up, Tensor routing_bias, int blocks, int k, "
       "bool magnitude, float scaling) -> ()",
       routed_add_);
+  library.def(
+      "gated_add_(Tensor(a!) out, Tensor x, Tensor projection, Tensor up, Tensor routing_bias, int blocks, int k, "
+      "bool magnitude, float scaling, Tensor gate, Tensor gate_bias, Tensor owner, Tensor? before, float sharpness) "
+      "-> Tensor",
+      gated_add_);
 }

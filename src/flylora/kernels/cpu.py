@@ -23,10 +23,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flylora.errors import UserError
 from flylora.functional import Adapter, Block, Frozen
+from flylora.gating import Evidence, Gate
 from flylora.records import saving
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -220,3 +222,34 @@ def routed_update(x: Tensor, base: Tensor | Frozen, adapter: Adapter) -> Tensor:
     out = base.clone(memory_format=torch.contiguous_format)
     torch.ops.flylora.routed_add_.default(out, x, projection, up, routing_bias, *routing)
     return out
+
+
+def gated_update(
+    x: Tensor, base: Tensor | Frozen, adapter: Adapter, gate: Gate, before: Evidence | None = None
+) -> tuple[Tensor, Evidence]:
+    """[`flylora.gating.gated_update`] by the kernel, without gradients; only where it is [`usable`]."""
+    if isinstance(base, Frozen):
+        out = F.linear(x, *base).contiguous()
+    else:
+        out = base.clone(memory_format=torch.contiguous_format)
+    if not gate.through_depth:
+        before = None
+    modules = 1 if before is None else before.modules + 1
+    sharpness = -1.0 if gate.sharpness is None else gate.sharpness / modules
+    total = torch.ops.flylora.gated_add_.default(
+        out,
+        x,
+        adapter.projection,
+        adapter.up.contiguous(),
+        adapter.routing_bias,
+        len(adapter.blocks),
+        adapter.blocks[0].k,
+        adapter.blocks[0].selection == "magnitude",
+        adapter.scaling,
+        gate.weight,
+        gate.bias,
+        gate.owner,
+        None if before is None else before.total,
+        sharpness,
+    )
+    return out, Evidence(total.view(*x.shape[:-1], len(gate.bias)), modules)

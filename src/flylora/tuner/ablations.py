@@ -20,6 +20,7 @@ from flylora.functional import Adapter, Block, Frozen
 from flylora.projection import NonZeros, Projection, densify
 from flylora.tuner.config import FlyLoraConfig
 from flylora.tuner.context import RoutingContext
+from flylora.tuner.gated import GatedLinear
 from flylora.tuner.layer import FlyLoraLinear
 from flylora.tuner.optimizer_steps import after_optimizer_steps, positions
 from flylora.tuner.peft_compat import BufferDict
@@ -48,8 +49,8 @@ def ablation_of(config: FlyLoraConfig) -> Ablation | None:
 # --- the layer --------------------------------------------------------------------------------------------------------
 
 
-class AblatedLinear(FlyLoraLinear):
-    """A [`FlyLoraLinear`] of which some adapters are ablations.
+class AblatedLinear(GatedLinear):
+    """A layer of which some adapters are ablations.
 
     Attributes:
         ablations: of each adapter that is one, what differs.
@@ -57,21 +58,22 @@ class AblatedLinear(FlyLoraLinear):
         flylora_steps: for an A that trains at first only, the optimizer steps done so far, (1,) int32.
     """
 
-    adapter_layer_names: tuple[str, ...] = (*FlyLoraLinear.adapter_layer_names, "flylora_trained_A")
-    other_param_names: tuple[str, ...] = (*FlyLoraLinear.other_param_names, "ablations", "flylora_steps")
+    adapter_layer_names: tuple[str, ...] = (*GatedLinear.adapter_layer_names, "flylora_trained_A")
+    other_param_names: tuple[str, ...] = (*GatedLinear.other_param_names, "ablations", "flylora_steps")
 
     @classmethod
     def take_over(cls, layer: FlyLoraLinear) -> None:
         """Turn a default layer into one that may have ablations; its adapters stay as they are."""
-        if type(layer) is FlyLoraLinear:
+        if not isinstance(layer, cls):
+            GatedLinear.take_over(layer)
             layer.__class__ = cls
-            cls._make_own_dictionaries(layer)  # type: ignore[arg-type]
+            cls._make_ablation_dictionaries(layer)  # type: ignore[arg-type]
 
     def _make_dictionaries(self) -> None:
         super()._make_dictionaries()
-        self._make_own_dictionaries()
+        self._make_ablation_dictionaries()
 
-    def _make_own_dictionaries(self) -> None:
+    def _make_ablation_dictionaries(self) -> None:
         self.flylora_trained_A = nn.ParameterDict({})
         self.flylora_steps = BufferDict(persistent=True)
         self.ablations: dict[str, Ablation] = {}

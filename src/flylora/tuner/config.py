@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Optional, Union, get_args
 
 import pydantic
+import pydantic.dataclasses
 from annotated_types import Ge, Gt, Le, Lt
 
 from flylora.errors import UserError
@@ -17,7 +18,7 @@ from flylora.tuner.peft_compat import FLYLORA, PeftConfig, get_pattern_key
 Balance = Literal["loss_free", "aux_loss", "none"]
 ProjectionTraining = Literal["frozen", "two_phase", "trained"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # a gated adapter's; all others are written as version 1
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,22 @@ class BlockConfig:
     def routing(self, seed: int) -> Block:
         """How the block routes; ``random`` selection draws its noise from the block's own seed."""
         return Block(self.r, self.k, self.selection, seed % (1 << 32) if self.selection == "random" else 0)
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(strict=True, extra="forbid"))
+class GateConfig:
+    """The gates of a merged adapter, see `flylora.gating`.
+
+    Args:
+        tasks: names of the T tasks. owners: of each block, the index of its task; a background owns none.
+        sharpness: c, above 0; None: the likeliest task alone acts.
+        through_depth: whether a module's gate also counts what the modules below it have seen of the token.
+    """
+
+    tasks: list[str]
+    owners: list[int]
+    sharpness: Optional[Annotated[float, Gt(0)]] = 1.0
+    through_depth: bool = True
 
 
 def pattern_value(pattern: dict[str, Any], module_name: str, default: Any) -> Any:
@@ -87,6 +104,7 @@ class FlyLoraConfig(PeftConfig):
         rank_pattern: other values of r for modules whose name matches a key.
         bias: only "none": FlyLoRA trains no biases.
         blocks: the projections of a merged adapter, written by ``flylora merge``; None for an adapter that was trained.
+        gates: of a gated merge, the fields of a [`GateConfig`], written by ``flylora merge``.
         in_features: n of the adapted modules by name, filled in when the adapter is put into a model: with it an
             adapter folder alone is enough to generate A.
         format_version: of the saved adapter.
@@ -158,7 +176,8 @@ class FlyLoraConfig(PeftConfig):
     in_features: Optional[dict[str, int]] = field(
         default=None, metadata={"help": "n of the adapted modules; filled in by the model."}
     )
-    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved adapter's format."})
+    gates: Optional[dict[str, Any]] = field(default=None, metadata={"help": "Gates of a merge; written by merging."})
+    format_version: int = field(default=1, metadata={"help": "Version of the saved adapter's format."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,6 +200,8 @@ class FlyLoraConfig(PeftConfig):
             self._check_blocks()
         else:
             self._check_ranks()
+        if self.gates is not None:
+            self._check_gates()
         check_targets(self)
 
     def _check_ablations(self) -> None:
@@ -238,6 +259,29 @@ class FlyLoraConfig(PeftConfig):
             raise UserError("blocks is empty: give at least one block, or None for a single-task adapter.")
         self.r = sum(int(block["r"]) for block in self.blocks)
         self.k = sum(int(block["k"]) for block in self.blocks)
+
+    def _check_gates(self) -> None:
+        blocks = self.block_configs()
+        try:
+            gates = self.gate_config()
+        except (TypeError, pydantic.ValidationError) as error:
+            raise UserError(
+                f"gates is {self.gates!r}, but must hold the tasks, owners, sharpness and through_depth that a gated "
+                "merge writes."
+            ) from error
+        assert gates is not None
+        if len(gates.owners) != len(blocks) or not all(0 <= owner < len(gates.tasks) for owner in gates.owners):
+            raise UserError(
+                f"gates names the owners {gates.owners} of {len(gates.tasks)} tasks for {len(blocks)} blocks, but each "
+                "block has one task: gates are written by merging and are not meant to be edited."
+            )
+        if self.balance == "aux_loss" or self.projection_training != "frozen":
+            raise UserError("gates do not go with an auxiliary loss or a projection that trains: leave these out.")
+        self.format_version = FORMAT_VERSION
+
+    def gate_config(self) -> Optional[GateConfig]:
+        """The gates, None where the adapter has none."""
+        return None if self.gates is None else GateConfig(**self.gates)
 
     def block_configs(self) -> list[BlockConfig]:
         """The adapter's blocks; one, made of the config's own fields, unless it comes from a merge."""

@@ -1,19 +1,46 @@
-"""What all layers of one model share during a forward pass: which tokens are padding."""
+"""What all layers of one model share during a forward pass: which tokens are padding, and the gates' evidence."""
 
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from flylora.errors import UserError
+from flylora.gating import Evidence
+
+
+class ForwardPass:
+    """What the gated layers tell one another within one forward pass of the model.
+
+    Attributes:
+        evidence: of each adapter, what the modules so far have seen of each token.
+        starts: what a layer started from, by layer and adapter, with a column of its input to know the pass by: a layer
+            that is computed again in backward (gradient checkpointing) starts from it again.
+    """
+
+    def __init__(self) -> None:
+        self.evidence: dict[str, Evidence] = {}
+        self.starts: dict[tuple[int, str], tuple[Tensor, bool, Evidence | None]] = {}
 
 
 class RoutingContext:
-    """Which tokens are padding, and how the model's loss was scaled (None: 1)."""
+    """Which tokens are padding, how the model's loss was scaled (None: 1), and the forward pass under way, if any."""
 
     def __init__(self) -> None:
         self.token_mask: Tensor | None = None
         self.loss_scale: Tensor | None = None
+        self.forward_pass: ForwardPass | None = None
+        self._passes: weakref.WeakSet[ForwardPass] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"token_mask": None, "loss_scale": None, "forward_pass": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _passes=weakref.WeakSet())
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """The mask of x's tokens, flattened to (N,), or None where it does not describe them."""
@@ -21,6 +48,62 @@ class RoutingContext:
         if mask is None or mask.shape != x.shape[:-1]:
             return None
         return mask.reshape(-1)
+
+    # --- the gates' evidence --------------------------------------------------------------------------------------
+
+    def evidence_before(self, layer: nn.Module, adapter: str, x: Tensor) -> Evidence | None:
+        """What the modules below this layer have seen of the tokens of x (..., n).
+
+        None for the first module, outside a forward pass of the model, and for tokens in another arrangement (the
+        inputs of an expert), which are judged by the layer alone.
+        """
+        current = self.forward_pass
+        if current is None:
+            in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+            return self._start_again(layer, adapter, x) if in_backward else None
+        before = current.evidence.get(adapter)
+        if before is not None and before.total.shape[:-1] != x.shape[:-1]:
+            before = None
+        if layer.training and not torch.compiler.is_compiling():
+            kept = None if before is None else Evidence(before.total.detach(), before.modules)
+            current.starts[id(layer), adapter] = x.detach()[..., 0].clone(), torch.is_grad_enabled(), kept
+        return before
+
+    def pass_on(self, adapter: str, out: Tensor, after: Evidence) -> None:
+        """Let the modules above a layer start from its evidence."""
+        current = self.forward_pass
+        if current is None:
+            return
+        known = current.evidence.get(adapter)
+        if known is None or known.total.shape == after.total.shape:
+            current.evidence[adapter] = after
+        if out.grad_fn is not None and not torch.compiler.is_compiling():
+            metadata: Any = out.grad_fn.metadata  # torch's stub takes it for a method
+            metadata["flylora_forward_pass"] = current  # lives as long as backward may come
+
+    def _start_again(self, layer: nn.Module, adapter: str, x: Tensor) -> Evidence | None:
+        for known in self._passes:
+            column, had_gradients, before = known.starts.get((id(layer), adapter), (None, True, None))
+            if column is not None and torch.equal(column, x.detach()[..., 0]):
+                if not had_gradients:
+                    break
+                return before
+        raise UserError(
+            "A gated adapter cannot train under reentrant gradient checkpointing, which loses the gradient of what "
+            "lower layers told higher ones: pass gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
+
+    def begin(self) -> None:
+        """A forward pass of the model begins."""
+        self.forward_pass = ForwardPass()
+        if not torch.compiler.is_compiling():
+            self._passes.add(self.forward_pass)
+
+    def end(self) -> None:
+        """The forward pass under way ends, or was broken off."""
+        if self.forward_pass is not None:
+            self.forward_pass.evidence.clear()  # its graph; the pass itself lives until backward
+        self.forward_pass = None
 
 
 class PaddingMaskHook:
@@ -42,3 +125,23 @@ class PaddingMaskHook:
             names = list(inspect.signature(type(model).forward).parameters)[1:]
             self._positions[type(model)] = names.index("attention_mask") if "attention_mask" in names else -1
         return self._positions[type(model)]
+
+
+class PassBegins:
+    """Before each forward of a model with gated adapters."""
+
+    def __init__(self, context: RoutingContext) -> None:
+        self.context = context
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        self.context.begin()
+
+
+class PassEnds:
+    """After each forward of a model with gated adapters, also one that raised."""
+
+    def __init__(self, context: RoutingContext) -> None:
+        self.context = context
+
+    def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
+        self.context.end()

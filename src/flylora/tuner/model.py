@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from flylora.errors import UserError
 from flylora.tuner.ablations import AblatedLinear, LossScaleHook, ablation_of
 from flylora.tuner.config import FlyLoraConfig
-from flylora.tuner.context import PaddingMaskHook, RoutingContext
+from flylora.tuner.context import PaddingMaskHook, PassBegins, PassEnds, RoutingContext
+from flylora.tuner.gated import GatedLinear
 from flylora.tuner.layer import FlyLoraLinear
 from flylora.tuner.linear import AdaptedModel, is_linear_layer
 from flylora.tuner.peft_compat import PREFIX, AuxiliaryTrainingWrapper, BaseTunerLayer, get_quantization_kwargs
@@ -53,6 +54,10 @@ class FlyLoraModel(AdaptedModel):
         widths = {layer.module_name: layer.in_features for _, layer in layers_with(model, adapter_name)}
         self.peft_config[adapter_name].remember_in_features(widths)
         self._install_padding_hook(model)
+        if self.peft_config[adapter_name].gates is not None:
+            _remove_pass_hooks(model)
+            model.register_forward_pre_hook(PassBegins(self._context(model)))
+            model.register_forward_hook(PassEnds(self._context(model)), always_call=True)
         if self.peft_config[adapter_name].balance == "aux_loss":
             _remove_loss_scale_hook(model)
             model.register_forward_hook(LossScaleHook(self._context(model)))
@@ -87,6 +92,7 @@ class FlyLoraModel(AdaptedModel):
                 del model._forward_pre_hooks[key]
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
         _remove_loss_scale_hook(model)
+        _remove_pass_hooks(model)
         return model
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
@@ -99,17 +105,18 @@ class FlyLoraModel(AdaptedModel):
             )
 
     def new_layer(self, target: nn.Module, adapter_name: str, config: Any, module_name: str) -> FlyLoraLinear:
-        """The layer that takes the place of ``target``; ablations run in one of their own."""
+        """The layer that takes the place of ``target``; gated merges and ablations run in one of their own."""
         _refuse_tensor_parallel(target, module_name)
-        layer_class = FlyLoraLinear if ablation_of(config) is None else AblatedLinear
+        layer_class = _layer_class(config)
         context = self._context(self.model)
         return layer_class(target, adapter_name, config, module_name, context, **get_quantization_kwargs(self))
 
     def _create_and_replace(
         self, peft_config: FlyLoraConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
     ) -> None:
-        if isinstance(target, FlyLoraLinear) and ablation_of(peft_config) is not None:
-            AblatedLinear.take_over(target)
+        layer_class = _layer_class(peft_config)
+        if isinstance(target, FlyLoraLinear) and issubclass(layer_class, GatedLinear):
+            layer_class.take_over(target)
         super()._create_and_replace(peft_config, adapter_name, target, *args, **kwargs)
 
     # --- several adapters as one ------------------------------------------------------------------------------------
@@ -240,6 +247,19 @@ class _AdapterNames:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "adapter_names": self.names}
+
+
+def _layer_class(config: FlyLoraConfig) -> type[FlyLoraLinear]:
+    if ablation_of(config) is not None:
+        return AblatedLinear
+    return FlyLoraLinear if config.gates is None else GatedLinear
+
+
+def _remove_pass_hooks(model: nn.Module) -> None:
+    for hooks, kind in ((model._forward_pre_hooks, PassBegins), (model._forward_hooks, PassEnds)):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+            del hooks[key]
+            model._forward_hooks_always_called.pop(key, None)
 
 
 def _remove_loss_scale_hook(model: nn.Module) -> None:

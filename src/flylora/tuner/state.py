@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from flylora.errors import UserError
 from flylora.projection import WRAPPER_NAMES, Identity, NonZeros, canonical_name
 from flylora.tuner.ablations import AblatedLinear
+from flylora.tuner.gated import GATE, GATE_BIAS, GatedLinear, gate_from_file, gate_to_file
 from flylora.tuner.layer import FlyLoraLinear
 
 _TENSORS = ("flylora_B", "flylora_d", "flylora_seed", "flylora_fingerprint")
 _VALUES, _COLUMNS = "flylora_A_values", "flylora_A_columns"
-_OURS = frozenset({*_TENSORS, _VALUES, _COLUMNS})
+_GATES = (GATE, GATE_BIAS)
+_OURS = frozenset({*_TENSORS, *_GATES, _VALUES, _COLUMNS})
 _DTYPES = {  # B has whatever type it was trained in
     "flylora_d": torch.int32,
     "flylora_seed": torch.int64,
@@ -43,6 +45,10 @@ def add_identity(model: nn.Module, adapter_name: str, save_projection: bool, sel
     for name, layer in layers_with(model, adapter_name):
         if f"{name}.flylora_B.{adapter_name}" not in selected:
             continue  # a sharded save keeps other layers elsewhere
+        for gate in _GATES:
+            key = f"{name}.{gate}.{adapter_name}"
+            if key in selected:
+                selected[key] = gate_to_file(selected[key])
         selected.pop(f"{name}.flylora_trained_A.{adapter_name}", None)  # kept as any stored projection is
         identity, stored = layer.identity_for_saving(adapter_name, save_projection)
         seeds, fingerprints = identity.tensors()
@@ -69,13 +75,15 @@ def check_and_adopt(model: nn.Module, config: Any, adapter_name: str, tensors: d
     loaded: dict[str, Tensor] = {}
     for name, layer in layers_with(model, adapter_name):
         saved: dict[str, Tensor] = {}
-        for tensor in (*_TENSORS, _VALUES, _COLUMNS):
+        for tensor in (*_TENSORS, *_GATES, _VALUES, _COLUMNS):
             short = f"{canonical_name(name)}.{tensor}"
             candidate = next((key for key in (f"{short}.{adapter_name}", short) if key in keys), None)
             if candidate is None:
                 continue
             key = keys.pop(candidate)
             saved[tensor] = remaining.pop(key)
+            if tensor in _GATES:
+                loaded[f"{name}.{tensor}.{adapter_name}"] = gate_from_file(saved[tensor], f"{tensor} of {name}")
             if tensor in _TENSORS:
                 # A key that names a wrapper, or lacks PEFT's prefix, is not the model's own.
                 known = key.endswith(f".{adapter_name}")
@@ -110,7 +118,8 @@ def _stored(saved: dict[str, Tensor]) -> NonZeros | None:
 
 def _check_tensors(name: str, layer: FlyLoraLinear, adapter_name: str, saved: dict[str, Tensor], base: str) -> None:
     """The file's tensors of one layer are all there and have the shapes that the model and the config ask for."""
-    missing = [tensor for tensor in _TENSORS if tensor not in saved]
+    gated = isinstance(layer, GatedLinear) and adapter_name in layer.gates
+    missing = [tensor for tensor in (*_TENSORS, *(_GATES if gated else ())) if tensor not in saved]
     if (_VALUES in saved) != (_COLUMNS in saved):
         missing.append(_COLUMNS if _VALUES in saved else _VALUES)
     if missing:
@@ -125,6 +134,9 @@ def _check_tensors(name: str, layer: FlyLoraLinear, adapter_name: str, saved: di
         "flylora_seed": (blocks,),
         "flylora_fingerprint": (blocks, 32),
     }
+    if isinstance(layer, GatedLinear) and gated:
+        tasks = len(layer.flylora_gate_bias[adapter_name])
+        expected |= {GATE: (tasks, ranks), GATE_BIAS: (tasks,)}
     for tensor, shape in expected.items():
         if tuple(saved[tensor].shape) != shape:
             raise UserError(

@@ -1,0 +1,120 @@
+"""Gates in closed form: which input of a merge a token belongs to, read off the inputs' own projections.
+
+A merged adapter computes y = [A_1 x; ...; A_T x] anyway. The A_t are random and frozen, so y is a fixed code of x in
+which tokens of different tasks lie in different regions, as in the fly's olfactory system (Dasgupta et al., PNAS 2018,
+10.1073/pnas.1814448115). A linear discriminant on y tells the tasks apart. It is solved from calibration texts and
+never trained.
+
+Related work: RanPAC (arXiv 2307.02251) solves a classifier on random projections for continual learning; Any-SSR
+(2503.13575) a router by recursive least squares; HiLoRA (2510.12266) weights LoRAs by Gaussian likelihoods; SMILE
+(2408.10174), Arrow (in PEFT) and SpectR (2504.03454) route between LoRAs by their trained A, without texts.
+
+Legend: T tasks; R the rank axis over all of them; y (N, R) the projections of N tokens; g (N, T) the gates, which sum
+to 1; z (N, R) the routed codes and z' the same, each times the gate of its task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flylora.errors import UserError
+from flylora.least_squares import solve_ridge
+
+SHRINKAGE = 0.03
+"""Share of the mean variance that is added to every variance; 0.01 to 0.1 made no difference."""
+
+
+class ProjectionMoments(NamedTuple):
+    """Sums over one task's tokens in one module, in float64; ``add`` counts tokens in, in place.
+
+    Attributes:
+        tokens: (1,). sums: sum of y, (R,). products: sum of y y^T, (R, R).
+    """
+
+    tokens: Tensor
+    sums: Tensor
+    products: Tensor
+
+    @classmethod
+    def empty(cls, rank: int) -> ProjectionMoments:
+        """No token yet."""
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in ((1,), (rank,), (rank, rank))))
+
+    def add(self, y: Tensor) -> None:
+        """Count tokens in: y (N, R) float64."""
+        self.tokens.add_(len(y))
+        self.sums.add_(y.sum(dim=0).cpu())
+        self.products.add_((y.t() @ y).cpu())
+
+
+class Discriminant(NamedTuple):
+    """One module's linear rule: log p(task | y) = log_softmax(W y + b).
+
+    Attributes:
+        weight: W, (T, R) float32. bias: b, (T,) float32.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+
+def discriminant(
+    moments: Sequence[ProjectionMoments], shrinkage: float = SHRINKAGE, priors: Sequence[float] | None = None
+) -> Discriminant:
+    """The linear discriminant of T tasks with one covariance.
+
+        S = mean over tasks of (E_t[y y^T] - mu_t mu_t^T) + shrinkage x mean(diag) x I
+        W = [mu_1 ... mu_T]^T S^-1,   b_t = -1/2 mu_t^T S^-1 mu_t + log prior_t
+
+    A module that some task never reaches tells nothing: W is 0 there and b the priors.
+
+    Args:
+        moments: of each task. shrinkage: > 0. priors: how likely each task is, > 0; equal if left out.
+
+    Raises:
+        UserError: a prior is not above 0, or their number is not T.
+    """
+    tasks, rank = len(moments), len(moments[0].sums)
+    shares = torch.tensor([1.0] * tasks if priors is None else list(priors), dtype=torch.float64)
+    if len(shares) != tasks or not bool((shares > 0).all() and shares.isfinite().all()):
+        raise UserError(f"priors are {priors}, but {tasks} numbers above 0 are needed: give one for each task.")
+    log_priors = (shares / shares.sum()).log()
+    if any(not float(moment.tokens) for moment in moments):
+        return Discriminant(torch.zeros(tasks, rank), log_priors.float())
+    means = torch.stack([moment.sums / moment.tokens for moment in moments])  # (T, R)
+    second = torch.stack([moment.products / moment.tokens for moment in moments]).mean(dim=0)
+    within = second - means.t() @ means / tasks  # (R, R)
+    weight = solve_ridge(means, within, torch.zeros_like(means), shrinkage)
+    bias = -0.5 * (weight * means).sum(dim=1) + log_priors
+    return Discriminant(weight.float(), bias.float())
+
+
+def gated_least_squares(
+    ups: Sequence[Tensor],
+    crossed: Sequence[Tensor],
+    grams: Sequence[Tensor],
+    weights: Sequence[float],
+    ridge: float,
+) -> Tensor:
+    """The B that best repairs what the gates miss.
+
+        B* = (sum_t w_t B_t' C_t + lambda P)(sum_t w_t G_t + lambda I)^-1
+
+    It minimises sum_t w_t E_t ||B z' - B_t' z||^2 + lambda ||B - P||_F^2 with C_t = E_t[z z'^T], G_t = E_t[z' z'^T] and
+    P = sum_t B_t'. With one-hot gates it is P; with equal gates it is plain least squares (RegMean, Jin et al., arXiv
+    2212.09849, on routed codes) up to a factor.
+
+    Args:
+        ups: B_t', each (m, R), which gives task t's update when applied to z. crossed: C_t. grams: G_t. weights: w_t.
+        ridge: lambda relative to the mean diagonal of the sum of w_t G_t.
+    """
+    prior = torch.stack([up.double() for up in ups]).sum(dim=0)
+    gram = torch.stack([weight * gram.double() for weight, gram in zip(weights, grams, strict=True)]).sum(dim=0)
+    target = torch.stack(
+        [weight * (up.double() @ cross.double()) for up, cross, weight in zip(ups, crossed, weights, strict=True)]
+    ).sum(dim=0)
+    return solve_ridge(target, gram, prior, ridge).to(ups[0].dtype)

@@ -1,0 +1,143 @@
+"""Gates against the literal reference, and their exact gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flylora import gating, kernels
+from flylora.functional import Adapter, Block, Frozen
+from flylora.gating import Evidence, Gate
+from reference import gates as reference
+from test_functional import Problem
+
+
+def gate_for(problem: Problem, owners: list[int], tasks: int, seed: int, sharpness: float | None) -> Gate:
+    generator = torch.Generator().manual_seed(seed)
+    total, dtype = sum(problem.ranks), torch.promote_types(problem.x.dtype, torch.float32)
+    weight = torch.randn(tasks, total, generator=generator, dtype=torch.float64).to(dtype) / 4
+    bias = torch.randn(tasks, generator=generator, dtype=torch.float64).to(dtype)
+    owner = torch.tensor(owners).repeat_interleave(torch.tensor(problem.ranks))
+    return Gate(weight, bias, owner, sharpness)
+
+
+def adapter_for(problem: Problem) -> Adapter:
+    return Adapter(problem.projection, problem.up, problem.routing_bias, problem.blocks, problem.scaling)
+
+
+def before_for(problem: Problem, tasks: int, modules: int) -> tuple[list[list[list[float]]], Evidence | None]:
+    """Evidence of some modules below, for each token."""
+    generator = torch.Generator().manual_seed(modules)
+    seen = torch.randn(modules, len(problem.x), tasks, generator=generator, dtype=torch.float64).log_softmax(-1)
+    per_token = [seen[:, t].tolist() for t in range(len(problem.x))]
+    return per_token, Evidence(seen.sum(dim=0), modules) if modules else None
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    tokens=st.integers(1, 4),
+    blocks=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(0, 2)), min_size=1, max_size=4),
+    background=st.booleans(),
+    modules=st.integers(0, 3),
+    sharpness=st.sampled_from([None, 0.5, 1.0, 3.0]),
+    seed=st.integers(0, 1000),
+)
+def test_it_is_the_reference(
+    tokens: int,
+    blocks: list[tuple[int, int, int]],
+    background: bool,
+    modules: int,
+    sharpness: float | None,
+    seed: int,
+) -> None:
+    owners = [owner for *_, owner in blocks]
+    tasks = max(owners) + 1 + background
+    routed = [Block(r, min(k, r)) for r, k, _ in blocks]
+    problem = Problem(tokens, 7, 5, routed, seed, torch.float64)
+    assume(problem.margin() > 1e-9)
+    gate = gate_for(problem, owners, tasks, seed, sharpness)
+    earlier, before = before_for(problem, tasks, modules)
+    base = Frozen(problem.weight, problem.bias)
+    out, after = gating.gated_update(problem.x, base, adapter_for(problem), gate, before)
+    for t, x in enumerate(problem.x.tolist()):
+        update, evidence, gates = reference.update(
+            x, problem.reference_blocks(), owners, gate.weight.tolist(), gate.bias.tolist(), earlier[t], sharpness
+        )
+        whole = (problem.weight @ problem.x[t] + problem.bias).tolist()
+        assert out[t].tolist() == pytest.approx([a + b for a, b in zip(whole, update, strict=True)], abs=1e-9)
+        total = [sum(one[task] for one in (*earlier[t], evidence)) for task in range(tasks)]
+        assert after.total[t].tolist() == pytest.approx(total, abs=1e-9)
+        assert gating.gates(after, sharpness)[t].tolist() == pytest.approx(gates, abs=1e-9)
+    assert after.modules == modules + 1
+
+
+def test_gradients_are_exact_also_through_the_gates_below() -> None:
+    problem = Problem(4, 6, 5, [Block(4, 2), Block(3, 3)], 3, torch.float64)
+    gate = gate_for(problem, [0, 1], 3, 3, 2.0)
+    seen = torch.randn(4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def update(x: Tensor, up: Tensor, base: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        adapter = adapter_for(problem)._replace(up=up)
+        out, after = gating.gated_update(x, base, adapter, gate, Evidence(total, 2))
+        return out, after.total
+
+    inputs = [problem.x, problem.up, torch.randn(4, 5, dtype=torch.float64), seen]
+    assert torch.autograd.gradcheck(update, [tensor.clone().requires_grad_() for tensor in inputs])
+
+
+def test_a_closed_gate_leaves_the_base_and_an_open_one_the_adapter() -> None:
+    problem = Problem(5, 6, 4, [Block(4, 2), Block(4, 2)], 5, torch.float64)
+    base, adapter = problem.x @ problem.weight.t(), adapter_for(problem)
+    for task, rows in ((0, slice(0, 4)), (1, slice(4, 8))):
+        bias = torch.full((3,), -1e4, dtype=torch.float64)
+        bias[task] = 0.0
+        gate = gate_for(problem, [0, 1], 3, 1, 1.0)._replace(bias=bias)
+        alone = Adapter(
+            problem.projection[rows], problem.up[:, rows], problem.routing_bias[rows], (Block(4, 2),), problem.scaling
+        )
+        out, _ = gating.gated_update(problem.x, base, adapter, gate)
+        assert torch.allclose(out, kernels.routed_update(problem.x, base, alone), rtol=0, atol=1e-12)
+    closed = gate._replace(bias=torch.tensor([-1e4, -1e4, 0.0], dtype=torch.float64))
+    assert torch.equal(gating.gated_update(problem.x, base, adapter, closed)[0], base)
+
+
+def test_backward_counts_the_selected_ranks_once() -> None:
+    problem = Problem(6, 6, 4, [Block(4, 2), Block(4, 1)], 7, torch.float64)
+    load = torch.zeros(8, dtype=torch.int64)
+    mask = torch.tensor([True, True, False, True, True, True])
+    adapter = adapter_for(problem)._replace(up=problem.up.clone().requires_grad_(), load=load, token_mask=mask)
+    base = problem.x @ problem.weight.t()
+    out, _ = gating.gated_update(problem.x, base, adapter, gate_for(problem, [0, 1], 2, 1, 1.0))
+    assert not load.any()
+    out.sum().backward()
+    assert load[:4].sum() == 10
+    assert load[4:].sum() == 5
+
+
+@pytest.mark.usefixtures("native_kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sharpness", [None, 1.0, 3.0])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 50])
+def test_the_kernel_computes_the_same(tokens: int, frozen: bool, sharpness: float | None, dtype: torch.dtype) -> None:
+    problem = Problem(tokens, 48, 37, [Block(8, 2)] * 3, tokens, dtype)
+    adapter = adapter_for(problem)._replace(up=problem.up.float())
+    gate = gate_for(problem, [0, 1, 1], 3, 2, sharpness)
+    base = Frozen(problem.weight, problem.bias) if frozen else problem.x @ problem.weight.t()
+    _, before = before_for(problem, 3, 2)
+    assert before is not None
+    for start in (None, Evidence(before.total.float(), 2)):
+        for through_depth in (True, False):
+            one = gate._replace(through_depth=through_depth)
+            wanted, evidence = gating.gated_update(problem.x, base, adapter, one, start)
+            with torch.no_grad():
+                out, after = kernels.gated_update(problem.x, base, adapter, one, start)
+            tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.13, torch.float16: 0.02}[dtype]
+            assert out.dtype == wanted.dtype
+            assert out.shape == wanted.shape
+            assert torch.allclose(out, wanted, rtol=tolerance, atol=tolerance)
+            assert torch.allclose(after.total, evidence.total.view_as(after.total), atol=1e-4)
+            assert after.modules == evidence.modules
