@@ -156,11 +156,12 @@ class SavedAdapter:
 # --- reading ---------------------------------------------------------------------------------------------------
 
 
-def read_adapter(path: str | Path, kinds: Collection[str] = ("flylora", "lora")) -> SavedAdapter:
+def read_adapter(path: str | Path, kinds: Collection[str] = ("flylora", "lora"), gated: bool = False) -> SavedAdapter:
     """Open an adapter folder that flylora or PEFT (LoRA) wrote; tensors are read later, module by module.
 
     Args:
         path: the folder. kinds: names of the kinds it may be, see `flylora.factors.KINDS`.
+        gated: whether it may be a gated merge, whose update is more than its factors.
 
     Raises:
         UserError: the folder, its config or its file is missing, damaged, inconsistent, or of a kind that is not B A.
@@ -182,6 +183,11 @@ def read_adapter(path: str | Path, kinds: Collection[str] = ("flylora", "lora"))
         raise UserError(f"{file} does not describe a usable adapter ({reason}): get the original.") from error
     assert isinstance(config, kind.config)
     kind.check(path, config)
+    if getattr(config, "gates", None) is not None and not gated:
+        raise UserError(
+            f"{path} is a gated merge, whose gates cannot be merged or exported again: use the adapters it was made "
+            "of, or merge them by least_squares."
+        )
     if config.modules_to_save:
         raise UserError(
             f"{path} also holds fully trained modules ({', '.join(sorted(config.modules_to_save))}), which are no "
@@ -308,4 +314,4 @@ def write_adapter(
     """
     with new_folder(path, overwrite) as folder:
         save_adapter(folder, config, tensors)
-    return read_adapter(path)
+    return read_adapter(path, gated=True)

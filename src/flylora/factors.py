@@ -151,7 +151,9 @@ class Kind:
 
 def _flylora_sizes(config: FlyLoraConfig, module: str) -> dict[str, int]:
     blocks = config.blocks_at(module)
-    return {"r": sum(block.r for block in blocks), "T": len(blocks)}
+    gates = config.gate_config()
+    tasks = {} if gates is None else {"G": len(gates.tasks)}
+    return {"r": sum(block.r for block in blocks), "T": len(blocks), **tasks}
 
 
 def _lora_scaling(config: LoraConfig, module: str, rank: int) -> float:
@@ -207,7 +209,13 @@ FLYLORA = Kind(
     tensors={"flylora_B": "F m r", "flylora_d": "I r", "flylora_seed": "I T", "flylora_fingerprint": "U T 32"},
     sizes=_flylora_sizes,
     scaling=lambda config, module, rank: float(config.scaling_at(module)),
-    optional={"flylora_A_values": "F r p", "flylora_A_columns": "I r p", "flylora_steps": "I 1"},
+    optional={
+        "flylora_A_values": "F r p",
+        "flylora_A_columns": "I r p",
+        "flylora_steps": "I 1",
+        "flylora_gate": "F G r",
+        "flylora_gate_bias": "F G",
+    },
 )
 LORA = Kind(
     name="lora",

@@ -85,7 +85,7 @@ def inspect(path: str | Path) -> AdapterSummary:
     Raises:
         UserError: the folder is no readable adapter.
     """
-    adapter = read_adapter(path)
+    adapter = read_adapter(path, gated=True)
     loads = _read_loads(adapter.path)
     modules = tuple(_summarise(adapter, name, loads.get(name)) for name in adapter.modules)
     # What is trained for each rank: a column of B, and a row of A unless A is fixed.

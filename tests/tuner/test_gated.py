@@ -300,6 +300,13 @@ def test_tokens_in_another_arrangement_are_judged_by_their_module_alone() -> Non
     assert torch.isfinite(out).all()
 
 
+def test_a_gated_adapter_is_no_part_of_a_weighted_one() -> None:
+    model = gated()
+    with pytest.raises(UserError, match="more than its blocks"):
+        model.add_weighted_adapter(["default"], adapter_name="both")
+    assert list(model.peft_config) == ["default"]
+
+
 def test_a_gated_adapter_cannot_be_added_to_the_weights() -> None:
     model = gated(blocks=[{"r": 2, "k": 2, "projection_seed": s, "density": 0.5} for s in range(3)])
     with pytest.raises(UserError, match="not linear in its input"):

@@ -147,6 +147,11 @@ class GramTable:
                 _columns(wanted, task.blocks.get(module, []), module, name) for task, name in named
             ]
 
+    @property
+    def origins(self) -> list[dict[str, Any]]:
+        """Where each task's statistics come from."""
+        return [task.origin for task in self.tasks]
+
     def grams(self, task: int, module: str) -> tuple[Tensor, Tensor]:
         """The mean of z z^T, (R, R), over each half of a task's texts; zero for a half without tokens."""
         statistics, columns = self.tasks[task], self._columns[module][task]

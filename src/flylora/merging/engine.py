@@ -19,6 +19,8 @@ from flylora.adapter_folder import KEY_PREFIX, SavedAdapter, save_adapter
 from flylora.errors import UserError
 from flylora.least_squares import cut_matrix, cut_rank
 from flylora.merging.calibration import GramTable
+from flylora.merging.gate_calibration import GateTable
+from flylora.merging.gates import best_gated, gated_least_squares
 from flylora.merging.layout import Layout, ModuleLayout
 from flylora.merging.methods import (
     Update,
@@ -34,7 +36,7 @@ from flylora.merging.options import MergeOptions
 from flylora.merging.table import Method
 from flylora.projection import NonZeros
 from flylora.records import progress
-from flylora.tuner.config import FlyLoraConfig
+from flylora.tuner.config import FlyLoraConfig, GateConfig
 
 # Opening a large adapter takes as long as merging a module; what is read of it stays in memory until it is closed.
 _MODULES_BETWEEN_CLOSES = 16
@@ -51,7 +53,7 @@ def merge_to(
     layout: Layout,
     row: Method,
     options: MergeOptions,
-    statistics: GramTable | None = None,
+    statistics: GramTable | GateTable | None = None,
     quiet: bool = False,
 ) -> Result:
     """Merge adapters and write the result's config and tensors.
@@ -112,7 +114,9 @@ class Result:
 
     routed: ClassVar[bool] = True
 
-    def __init__(self, layout: Layout, row: Method, options: MergeOptions, statistics: GramTable | None = None) -> None:
+    def __init__(
+        self, layout: Layout, row: Method, options: MergeOptions, statistics: GramTable | GateTable | None = None
+    ) -> None:
         self.layout, self.row, self.options, self.statistics = layout, row, options, statistics
         self.weights = row.effective_weights(options.weights, len(layout.adapters))
         self.rank_error: dict[str, float] = {}
@@ -150,13 +154,17 @@ class Result:
     def parameters(self) -> dict[str, Any]:
         """The settings of the method as they were used, for the record."""
         ridges = {f"{ridge:g}": count for ridge, count in sorted(Counter(self.ridge.values()).items())}
-        given = {"density": self.density, "rank": self.options.rank, "ridge": ridges or None}
+        sharpness = self.statistics.sharpness if isinstance(self.statistics, GateTable) else None
+        given = {"density": self.density, "rank": self.options.rank, "ridge": ridges or None, "sharpness": sharpness}
         used = {name: value for name, value in given.items() if value is not None}
         return {"share": self.options.share, "seed": self.options.seed, **used}
 
     def measured(self) -> dict[str, float]:
         """Mean and largest error over the modules, for the record."""
         measured = {}
+        if isinstance(self.statistics, GateTable):
+            measured["own_gate_mean"] = sum(self.statistics.own_gate) / len(self.statistics.own_gate)
+            measured["own_gate_min"] = min(self.statistics.own_gate)
         for name, errors in (("rank_error", self.rank_error), ("least_squares_error_ratio", self.objective)):
             if errors:
                 measured[f"{name}_mean"] = sum(errors.values()) / len(errors)
@@ -197,12 +205,16 @@ class Result:
         """B (m, R) of the methods that work on codes, in units of the result's scaling."""
         if not self.row.calibrated or self.is_single:
             return self.weighted(local, out_scaling)
-        assert self.statistics is not None
+        if not self.row.repairs:
+            return self.weighted(local, out_scaling)
         # An input that leaves the module alone wants no update there.
         tasks = range(len(self.layout.adapters))
         targets = [torch.zeros(local.out_features, local.rank) for _ in tasks]
         for t in local.factors:
             targets[t] = local.expand(t, self.layout.adapters[t].factors(local.name).scaled_up() / out_scaling)
+        if isinstance(self.statistics, GateTable):
+            return self._gated(local, [weight * up for weight, up in zip(self.weights, targets, strict=True)])
+        assert self.statistics is not None
         average = weighted_sum(targets, self.weights)
         halves = [self.statistics.grams(t, local.name) for t in tasks]
         grams = [weighted_sum(halves[t], self.statistics.share(t)) for t in tasks]
@@ -216,6 +228,16 @@ class Result:
         self.ridge[local.name] = ridge
         self.objective[local.name] = after / before if before else 1.0
         return up
+
+    def _gated(self, local: ModuleLayout, targets: list[Tensor]) -> Tensor:
+        assert isinstance(self.statistics, GateTable)
+        crossed, grams = self.statistics.crossed[local.name], self.statistics.grams[local.name]
+        even, ridge = [1.0] * len(targets), self.options.ridge
+        if ridge is None:
+            up, self.ridge[local.name] = best_gated(targets, crossed, grams, even, RIDGES)
+            return up
+        self.ridge[local.name] = ridge
+        return gated_least_squares(targets, list(crossed.sum(dim=1)), list(grams.sum(dim=1)), even, ridge)
 
     def updates(self, local: ModuleLayout, shared_scaling: float | None = None) -> list[Update]:
         """The inputs' updates; with ``shared_scaling``, B alone in units of it."""
@@ -249,6 +271,10 @@ class RoutedResult(Result):
             )
 
     @property
+    def _gates(self) -> GateTable | None:
+        return self.statistics if isinstance(self.statistics, GateTable) and not self.is_single else None
+
+    @property
     def _first(self) -> FlyLoraConfig:
         config = self.layout.adapters[0].config
         assert isinstance(config, FlyLoraConfig)
@@ -273,6 +299,8 @@ class RoutedResult(Result):
             "flylora_seed": seeds,
             "flylora_fingerprint": fingerprints,
         }
+        if self._gates is not None:
+            tensors["flylora_gate"], tensors["flylora_gate_bias"] = self._gates.rules[local.name]
         if isinstance(merged.stored, NonZeros):
             tensors["flylora_A_values"], tensors["flylora_A_columns"] = merged.stored
         return tensors
@@ -287,6 +315,10 @@ class RoutedResult(Result):
         if not self._keeps_config:
             config.alpha, config.density, config.rank_pattern = None, None, {}
             config.blocks = [asdict(block) for block in self.layout.config_blocks()]
+            if self._gates is not None:
+                owners = [block.sources[0][0] for block in self.layout.blocks]
+                names = [adapter.path.name for adapter in self.layout.adapters]
+                config.gates = asdict(GateConfig(names, owners, self._gates.sharpness))
             config.__post_init__()
         elif not self.is_single:
             block = self.layout.blocks[0].config
@@ -299,6 +331,14 @@ class LoraResult(Result):
     """A plain PEFT LoRA of LoRA inputs, or of routed ones that a matrix method makes linear."""
 
     routed = False
+
+    @classmethod
+    def check(cls, adapters: Sequence[SavedAdapter], row: Method, options: MergeOptions) -> None:
+        if row.gates:
+            raise UserError(
+                f"{row.name} merges FlyLoRA adapters, whose frozen projections tell the tasks apart, and these are "
+                f"{adapters[0].kind.title} adapters: use least_squares."
+            )
 
     @property
     def _keeps_config(self) -> bool:

@@ -15,6 +15,7 @@ to 1; z (N, R) the routed codes and z' the same, each times the gate of its task
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from flylora.errors import UserError
 from flylora.least_squares import solve_ridge
+from flylora.merging.methods import weighted_sum
 
 SHRINKAGE = 0.03
 """Share of the mean variance that is added to every variance; 0.01 to 0.1 made no difference."""
@@ -43,6 +45,10 @@ class ProjectionMoments(NamedTuple):
     def empty(cls, rank: int) -> ProjectionMoments:
         """No token yet."""
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in ((1,), (rank,), (rank, rank))))
+
+    def plus(self, other: ProjectionMoments) -> ProjectionMoments:
+        """Those of the tokens of both."""
+        return ProjectionMoments(*(a + b for a, b in zip(self, other, strict=True)))
 
     def add(self, y: Tensor) -> None:
         """Count tokens in: y (N, R) float64."""
@@ -112,9 +118,42 @@ def gated_least_squares(
         ups: B_t', each (m, R), which gives task t's update when applied to z. crossed: C_t. grams: G_t. weights: w_t.
         ridge: lambda relative to the mean diagonal of the sum of w_t G_t.
     """
-    prior = torch.stack([up.double() for up in ups]).sum(dim=0)
-    gram = torch.stack([weight * gram.double() for weight, gram in zip(weights, grams, strict=True)]).sum(dim=0)
-    target = torch.stack(
-        [weight * (up.double() @ cross.double()) for up, cross, weight in zip(ups, crossed, weights, strict=True)]
-    ).sum(dim=0)
+    prior = weighted_sum([up.double() for up in ups], [1.0] * len(ups))
+    gram = weighted_sum(grams, weights)
+    target = weighted_sum([up.double() @ cross for up, cross in zip(ups, crossed, strict=True)], weights)
     return solve_ridge(target, gram, prior, ridge).to(ups[0].dtype)
+
+
+def best_gated(
+    ups: Sequence[Tensor], crossed: Tensor, grams: Tensor, weights: Sequence[float], ridges: Sequence[float]
+) -> tuple[Tensor, float]:
+    """The B of the ridge whose solution on one half of the texts errs least on the other, both ways round.
+
+    P itself, which is the pure gate, is among the candidates: where least squares adds nothing it is left out.
+
+    Args:
+        ups: B_t', each (m, R). crossed, grams: C_t and G_t of both halves, (T, 2, R, R). weights: w_t. ridges: to try.
+
+    Returns:
+        B, (m, R), and the ridge; infinity for P.
+    """
+    pure = weighted_sum(ups, [1.0] * len(ups))
+
+    def solved(ridge: float, half: int | slice) -> Tensor:
+        if ridge == math.inf:
+            return pure
+        chosen = slice(half, half + 1) if isinstance(half, int) else half
+        sums = crossed[:, chosen].sum(dim=1), grams[:, chosen].sum(dim=1)
+        return gated_least_squares(ups, list(sums[0]), list(sums[1]), weights, ridge)
+
+    def error(up: Tensor, half: int) -> float:
+        """sum_t w_t E_t ||B z' - B_t' z||^2, but for what does not depend on B."""
+        total = 0.0
+        for target, cross, gram, weight in zip(ups, crossed[:, half], grams[:, half], weights, strict=True):
+            wide = up.double()
+            total += weight * float(((wide @ gram - 2 * (target.double() @ cross)) * wide).sum())
+        return total
+
+    errors = {ridge: sum(error(solved(ridge, half), 1 - half) for half in (0, 1)) for ridge in (math.inf, *ridges)}
+    best = min(errors, key=lambda ridge: errors[ridge])
+    return solved(best, slice(None)), best

@@ -18,6 +18,7 @@ from flylora.adapter_folder import read_adapter
 from flylora.errors import UserError
 from flylora.merging.calibration import GramTable, TaskStatistics, gather, read_statistics, write_statistics
 from flylora.merging.engine import RESULTS, merge_to, result_class
+from flylora.merging.gate_calibration import GateCalibration, GateTable
 from flylora.merging.layout import check_compatible, plan
 from flylora.merging.options import RECORD_NAME, DType, MergeOptions, MergeRecord, MethodName, TextOptions
 from flylora.merging.table import METHODS
@@ -44,6 +45,8 @@ def merge(
     rank: int | None = None,
     density: float | None = None,
     ridge: float | None = None,
+    sharpness: float | None = None,
+    priors: Sequence[float] | None = None,
     share: bool = True,
     texts: Mapping[str, Sequence[Text]] | Sequence[Sequence[Text]] | None = None,
     statistics: Sequence[AdapterPath] | None = None,
@@ -61,16 +64,17 @@ def merge(
     """Merge saved adapters, FlyLoRA or plain PEFT LoRA, into one.
 
         merge(["a", "b"], "ab")
-        merge(["a", "b"], "ab", method="least_squares", texts={"a": [("2 + 2 =", " 4")], "b": ["A plain text."]})
+        merge(["a", "b"], "ab", method="gated", texts={"a": [("2 + 2 =", " 4")], "b": ["A plain text."]})
 
     Args:
         adapters: Folders of the adapters, all of one kind and one base model.
         out: Folder for the merged adapter, which appears when all is done.
-        method, weights, rank, density, ridge, share, tokens, rounds, batch_size, dtype, device, seed, overwrite: See
-            [`MergeOptions`].
-        texts: For least_squares: for each adapter texts of its task, by the adapter's folder as given or in order. A
-            text is a string, a pair of prompt and completion, or token ids; for a string all tokens count.
-        statistics: In place of texts: for each adapter a file that [`calibrate`] wrote.
+        method, weights, rank, density, ridge, sharpness, priors, share, tokens, rounds, batch_size, dtype, device,
+            seed, overwrite: See [`MergeOptions`].
+        texts: For least_squares, gated and gate_only: for each adapter texts of its task, by the adapter's folder as
+            given or in order. A text is a string, a pair of prompt and completion, or token ids; for a string all
+            tokens count.
+        statistics: In place of texts for least_squares: for each adapter a file that [`calibrate`] wrote.
         model: The base model: a name, a loaded model, or a transformers model with its tokenizer; by the adapters'
             configs if left out. Only texts, and adapters that an old version wrote, need it.
         base_model: The name of the inputs' base model, where their configs give it different names.
@@ -84,9 +88,10 @@ def merge(
     """
     options = MergeOptions(
         method=method, weights=None if weights is None else [float(weight) for weight in weights], rank=rank,
-        density=density, ridge=ridge, share=share, tokens=tokens, rounds=rounds,
-        model=model if isinstance(model, str) else None, base_model=base_model, batch_size=batch_size, dtype=dtype,
-        device=device, seed=seed, overwrite=overwrite,
+        density=density, ridge=ridge, sharpness=sharpness,
+        priors=None if priors is None else [float(prior) for prior in priors],
+        share=share, tokens=tokens, rounds=rounds, model=model if isinstance(model, str) else None,
+        base_model=base_model, batch_size=batch_size, dtype=dtype, device=device, seed=seed, overwrite=overwrite,
     )  # fmt: skip
     if texts is not None and statistics is not None:
         raise UserError("Both texts and statistics are given: give one of them.")
@@ -145,7 +150,7 @@ def run(
     options: MergeOptions,
     model: Model | None = None,
     read: Callable[[MergeJob], Sequence[CalibrationTexts | Path]] | None = None,
-    tune: Callable[[MergeJob, GramTable | None], tuple[MergeOptions, list[dict[str, Any]]]] | None = None,
+    tune: Callable[[MergeJob, GramTable | GateTable | None], tuple[MergeOptions, list[dict[str, Any]]]] | None = None,
     measure: Callable[[MergeJob, Path], dict[str, Any]] | None = None,
 ) -> MergeRecord:
     """One merge, see [`merge`].
@@ -160,7 +165,7 @@ def run(
     started, origin = time.monotonic(), provenance(seeds={"seed": options.seed}, data_sha256={}, model_sha256="")
     with new_folder(out, options.overwrite) as folder:
         job = MergeJob(adapters, options, model)
-        table = job.statistics(read(job)) if read else None
+        table = (job.gates if job.row.gates else job.statistics)(read(job)) if read else None
         chosen, tried = tune(job, table) if tune else (options, [])
         result = merge_to(folder, job.layout, job.row, chosen, table)
         further = measure(job, folder) if measure else {}
@@ -188,7 +193,7 @@ def run(
             adapter_fingerprint=adapter_fingerprint(folder),
             parameters=result.parameters(),
             measured=result.measured(),
-            calibration=[task.origin for task in table.tasks] if table else [],
+            calibration=table.origins if table else [],
             search=tried,
             seconds=round(time.monotonic() - started, 2),
             **further,
@@ -254,10 +259,19 @@ def check_options(options: MergeOptions, count: int, has_texts: bool) -> None:
         raise UserError(f"There are {len(options.weights)} weights for {count} adapters: give one for each.")
     if options.density is not None and row.density is None:
         raise UserError(f"density means nothing to {row.name}, which prunes nothing: leave it out.")
-    uses = {"calibrate": has_texts, "ridge": options.ridge is not None, "rounds": options.rounds > 1}
-    for name, given in uses.items():
-        if given and not row.calibrated:
-            raise UserError(f"{name} means nothing to {row.name}, which uses no text: leave it out.")
+    uses = {
+        "calibrate": (has_texts, row.calibrated),
+        "ridge": (options.ridge is not None, row.repairs),
+        "rounds": (options.rounds > 1, row.repairs and not row.gates),
+        "sharpness": (options.sharpness is not None, row.gates),
+        "priors": (options.priors is not None, row.gates),
+    }
+    for name, (given, used) in uses.items():
+        if given and not used:
+            why = "" if row.calibrated else ", which uses no text"
+            raise UserError(f"{name} means nothing to {row.name}{why}: leave it out.")
+    if options.priors is not None and len(options.priors) != count:
+        raise UserError(f"There are {len(options.priors)} priors for {count} adapters: give one for each.")
     if row.calibrated and not has_texts and count > 1:
         raise UserError(
             f"{row.name} needs text of each task: give texts or calibration files, one for each adapter (on the "
@@ -284,7 +298,8 @@ class MergeJob:
         self.adapters = [read_adapter(path, tuple(RESULTS)) for path in adapters]
         check_compatible(self.adapters, options.base_model)
         self._state_in_features()
-        self.layout = plan(self.adapters, options.share)
+        # Gates give a token to one input, so that no two may share columns of B.
+        self.layout = plan(self.adapters, options.share and not self.row.gates)
         result_class(self.layout, self.row, options)
 
     def base(self) -> LoadedModel:
@@ -330,25 +345,51 @@ class MergeJob:
                     merge_to(Path(running), self.layout, self.row, self.options, table)
         return table
 
+    def gates(self, sources: Sequence[CalibrationTexts | Path]) -> GateTable | None:
+        """The gates of a merge from texts of each adapter's task; one adapter alone needs none."""
+        if len(sources) == 1:
+            return None
+        files = [source for source in sources if isinstance(source, Path)]
+        if files:
+            raise UserError(f"{self.row.name} reads texts and {files[0]} holds statistics: give texts or tasks.")
+        texts = [source for source in sources if isinstance(source, CalibrationTexts)]
+        options = self.options
+        calibration = GateCalibration(
+            self.layout,
+            [rows for rows, _ in texts],
+            lambda task: self._running(str(self.adapters[task].path)),
+            options.priors,
+            options.batch_size,
+        )
+        table = calibration.table(sharpness=options.sharpness, least_squares=self.row.repairs, tokens=options.tokens)
+        table.origins = [
+            {**self._origin(source, options.tokens, str(adapter.path)), "own_gate": own}
+            for source, adapter, own in zip(texts, self.adapters, table.own_gate, strict=True)
+        ]
+        return table
+
+    def _origin(self, texts: CalibrationTexts, tokens: Tokens, running: str) -> dict[str, Any]:
+        """What a record says of a task's texts."""
+        said = dict(texts[1])
+        data = said.pop("data_sha256", {})
+        origin = provenance(seeds={}, data_sha256=data, model_sha256=self.base().sha256)
+        return {
+            **said,
+            "texts": len(texts[0]),
+            "tokens": tokens,
+            "run": running,
+            "adapters": [adapter.fingerprint for adapter in self.adapters],
+            "provenance": dataclasses.asdict(origin),
+        }
+
     def gather(self, texts: Sequence[CalibrationTexts], running: str) -> list[TaskStatistics]:
         """The statistics of each task's texts while an adapter runs: a saved one, ``average`` or ``none``."""
-        tasks, loaded, options = [], self.base(), self.options
+        tasks, options = [], self.options
         with self._running(running) as model:
-            for rows, known in texts:
-                statistics = gather(model, self.layout, rows, options.tokens, options.batch_size)
-                said = dict(known)
-                data = said.pop("data_sha256", {})
-                statistics.origin = {
-                    **said,
-                    "texts": len(rows),
-                    "tokens": options.tokens,
-                    "token_count": float(statistics.tokens.sum()),
-                    "run": running,
-                    "adapters": [adapter.fingerprint for adapter in self.adapters],
-                    "provenance": dataclasses.asdict(
-                        provenance(seeds={}, data_sha256=data, model_sha256=loaded.sha256)
-                    ),
-                }
+            for source in texts:
+                statistics = gather(model, self.layout, source[0], options.tokens, options.batch_size)
+                count = float(statistics.tokens.sum())
+                statistics.origin = {**self._origin(source, options.tokens, running), "token_count": count}
                 tasks.append(statistics)
         return tasks
 

@@ -5,14 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat
 
 from flylora.activations import Tokens
 from flylora.errors import UserError
 from flylora.options import Count, options
 from flylora.records import Record
 
-MethodName = Literal["average", "sum", "least_squares", "ties", "dare", "dare_ties", "magnitude_prune", "knots"]
+MethodName = Literal[
+    "average",
+    "sum",
+    "least_squares",
+    "gated",
+    "gate_only",
+    "ties",
+    "dare",
+    "dare_ties",
+    "magnitude_prune",
+    "knots",
+]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 RECORD_NAME = "merge_record.json"
@@ -62,14 +73,18 @@ class MergeOptions(TextOptions):
     """How to merge.
 
     Args:
-        method: How to merge: average, sum, least_squares (routed and exact, or calibrated), ties, dare, dare_ties,
-            magnitude_prune or knots (on the updates as matrices).
-        weights: One weight for each adapter; 1 each if left out. They are divided by their sum, except for sum, ties,
-            dare_ties and knots, which add.
+        method: How to merge: average, sum, least_squares (routed and exact, or calibrated), gated or gate_only (each
+            token is given to the adapter it belongs to), ties, dare, dare_ties, magnitude_prune or knots (on the
+            updates as matrices).
+        weights: One weight for each adapter; 1 each if left out. They are divided by their sum, except for sum, gated,
+            gate_only, ties, dare_ties and knots, which add.
         rank: Limit the rank of a result that does not route (a LoRA); the sum of the inputs' ranks if left out.
         density: Share of each update's entries that the sparsifying methods keep; the method's default if left out.
-        ridge: For least_squares: how strongly the weighted average pulls, relative to the codes' mean energy; chosen
-            for each module by its error on unseen texts if left out.
+        ridge: For least_squares and gated: how strongly the weighted average, or the pure gate, pulls, relative to the
+            codes' mean energy; chosen for each module by its error on unseen texts if left out.
+        sharpness: For gated and gate_only: c, how firmly a token is given to one adapter; chosen on unseen texts if
+            left out.
+        priors: For gated and gate_only: how likely each adapter's task is; equal if left out.
         rounds: For least_squares with texts: passes over the texts; each after the first runs the adapter merged so
             far, so that its own activations are what counts.
         seed: Of random pruning.
@@ -80,6 +95,8 @@ class MergeOptions(TextOptions):
     rank: Count | None = None
     density: Annotated[float, Field(gt=0, le=1)] | None = None
     ridge: NonNegativeFloat | None = None
+    sharpness: PositiveFloat | None = None
+    priors: list[PositiveFloat] | None = None
     rounds: Count = 1
     seed: int = 0
 

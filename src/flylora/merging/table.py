@@ -28,6 +28,7 @@ class Method:
         exact: whether the merged output is exactly the weighted sum of the inputs' outputs.
         normalises: whether the weights are divided by their sum.
         calibrated: whether it needs statistics of each task's tokens.
+        gates: whether each token is weighted to the input it belongs to. repairs: whether least squares chooses B.
         density: default share of entries to keep, for the methods that prune.
         combine: for ``matrix``: the function.
         common_basis: for ``matrix``: whether the updates first get a common basis (KnOTS).
@@ -40,6 +41,8 @@ class Method:
     exact: bool = False
     normalises: bool = True
     calibrated: bool = False
+    gates: bool = False
+    repairs: bool = False
     density: float | None = None
     combine: MatrixMerge | None = None
     common_basis: bool = False
@@ -81,6 +84,26 @@ _ROWS = (
         paper="ours; RegMean (Jin et al., ICLR 2023, arXiv 2212.09849) on routed codes",
         works_on="codes",
         calibrated=True,
+        repairs=True,
+    ),
+    Method(
+        name="gated",
+        summary="each token gets the update of the adapter it belongs to: gates and least squares, in closed form",
+        paper="ours; a linear discriminant on frozen random projections (as in RanPAC, arXiv 2307.02251)",
+        works_on="codes",
+        normalises=False,
+        calibrated=True,
+        gates=True,
+        repairs=True,
+    ),
+    Method(
+        name="gate_only",
+        summary="the gates of gated alone: every adapter's B stays as it is",
+        paper="ours; see gated",
+        works_on="codes",
+        normalises=False,
+        calibrated=True,
+        gates=True,
     ),
     Method(
         name="ties",

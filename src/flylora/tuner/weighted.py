@@ -57,6 +57,10 @@ def weighted_config(
     sources: list[FlyLoraConfig] = [configs[name] for name in adapters]
     if any(config.modules_to_save for config in sources):
         raise UserError("Adapters with modules_to_save hold whole modules, which cannot be combined: train without.")
+    if any(config.gates is not None for config in sources):
+        raise UserError(
+            "A gated merge is more than its blocks, so it cannot be combined: use the adapters it is made of."
+        )
 
     modules = {name: {layer.module_name for _, layer in layers_with(model, name)} for name in adapters}
     everywhere = set().union(*modules.values())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from flylora.errors import UserError
 from flylora.lab.tasks import Split
 from flylora.merging.options import MergeOptions, TextOptions
+from flylora.merging.table import METHODS
 from flylora.options import Count, options
 
 DEFAULT_TEXTS = 128
@@ -15,11 +16,11 @@ DEFAULT_TEXTS = 128
 @options
 @dataclass(frozen=True)
 class TaskTexts:
-    """Tasks to calibrate least_squares on.
+    """Tasks to calibrate a merge on.
 
     Args:
-        calibrate: For least_squares: for each adapter, in order, a task (name or YAML file) or a .safetensors file
-            that flylora calibrate wrote.
+        calibrate: For least_squares, gated and gate_only: for each adapter, in order, a task (name or YAML file); for
+            least_squares also a .safetensors file that flylora calibrate wrote.
         texts: Calibration texts of each task, where a task is given.
         data_dir: Folder that YAML tasks' data files are relative to; each file's own folder if left out.
     """
@@ -84,6 +85,8 @@ class MergeConfig(SearchOptions, EvaluateOptions, TaskTexts, MergeOptions):
                 )
         if self.search and not self.evaluate:
             raise UserError("search needs tasks to measure on: name one for each adapter with evaluate.")
+        if self.search and METHODS[self.method].gates:
+            raise UserError(f"{self.method} chooses its settings on texts it has not seen: leave search out.")
         if self.search and self.method == "average":
             raise UserError("average has nothing to search: use sum, whose weights may add up to anything.")
         if self.search and self.eval_split == "validation":

@@ -27,6 +27,7 @@ from flylora.lab.merging.config import CalibrateConfig, MergeConfig
 from flylora.lab.tasks import Task, load_task
 from flylora.merging.calibration import GramTable, TaskStatistics
 from flylora.merging.engine import RIDGES, merge_to
+from flylora.merging.gate_calibration import GateTable
 from flylora.merging.merge import CalibrationTexts, MergeJob, run, run_calibration
 from flylora.merging.options import MergeOptions, MergeRecord
 from flylora.merging.table import Method
@@ -59,7 +60,7 @@ def merge_adapters(config: MergeConfig, loaded: LoadedModel | None = None) -> Me
             Path(name) if name.endswith(".safetensors") else _task_texts(job, name, config) for name in config.calibrate
         ]
 
-    def tune(job: MergeJob, statistics: GramTable | None) -> tuple[MergeOptions, list[dict[str, Any]]]:
+    def tune(job: MergeJob, statistics: GramTable | GateTable | None) -> tuple[MergeOptions, list[dict[str, Any]]]:
         return _search(job, config, statistics)
 
     def measure(job: MergeJob, merged: Path) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def candidates(row: Method, options: MergeOptions, count: int) -> list[MergeOpti
 
 
 def _search(
-    job: MergeJob, config: MergeConfig, statistics: GramTable | None
+    job: MergeJob, config: MergeConfig, statistics: GramTable | GateTable | None
 ) -> tuple[MergeOptions, list[dict[str, Any]]]:
     """The candidate with the best mean retention on the validation split; every one tried is kept for the record."""
 

@@ -1,0 +1,185 @@
+"""Calibration of gates: each task's texts run through the base model with that task's adapter alone.
+
+Three passes. The first sums the moments of y, from which each module's rule is solved. The second tries how sharp the
+gates should be: the rule of one half of the texts judges the other half, with evidence through the depth. The third,
+for least squares, sums the moments of the gated codes, again by the rule of the other half, so that the gates err as
+they will on unseen texts. See `flylora.merging.gates` for the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flylora import activations, gating
+from flylora.activations import Accumulator, Tokens, wide
+from flylora.gating import Evidence, Gate
+from flylora.merging.gates import Discriminant, ProjectionMoments, discriminant
+from flylora.merging.layout import Layout
+from flylora.texts import Encoded
+
+SHARPNESS = (0.5, 1.0, 2.0, 3.0, 5.0)
+
+Running = Callable[[int], AbstractContextManager[nn.Module]]
+"""The model with the adapter of a task on it, and no other."""
+
+_Use = Callable[[str, int, Tensor, Evidence], None]
+"""Takes a module's name, the half, the routed codes z (N, R) and the evidence of the same tokens."""
+
+
+@dataclass
+class GateTable:
+    """What a gated merge needs to know of its tasks.
+
+    Attributes:
+        rules: each module's, from all texts. sharpness: c.
+        own_gate: how much weight a token's own task gets on unseen texts, mean over tokens and modules, of each task.
+        crossed, grams: of each module C_t and G_t over both halves, (T, 2, R, R) float64; empty without least squares.
+        origins: where each task's texts come from.
+    """
+
+    rules: dict[str, Discriminant]
+    sharpness: float
+    own_gate: list[float]
+    crossed: dict[str, Tensor] = field(default_factory=dict)
+    grams: dict[str, Tensor] = field(default_factory=dict)
+    origins: list[dict[str, Any]] = field(default_factory=list)
+
+
+class GateCalibration:
+    """The passes over the texts of one merge.
+
+    Args:
+        layout: The merge; no two inputs share a block.
+        texts: Of each input's task. running: What runs while they are read.
+        priors: How likely each task is; equal if left out.
+        batch_size: Texts per forward pass.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        texts: Sequence[Sequence[Encoded]],
+        running: Running,
+        priors: Sequence[float] | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        self.texts, self.running, self.priors, self.batch_size = texts, running, priors, batch_size
+        local = {name: layout.at(name) for name in layout.modules}
+        self.encoders = {name: layout.merged(module).encoder() for name, module in local.items()}
+        self.owners = {
+            name: torch.tensor([block.sources[0][0] for block in module.blocks]).repeat_interleave(
+                torch.tensor(module.ranks)
+            )
+            for name, module in local.items()
+        }
+
+    def table(self, *, sharpness: float | None, least_squares: bool, tokens: Tokens) -> GateTable:
+        """All passes.
+
+        Args:
+            sharpness: c; chosen on unseen texts if left out. least_squares: whether gated codes are wanted.
+            tokens: Which tokens count for least squares; gates are solved from all.
+        """
+        halves = self._moments()
+        rules = {
+            name: discriminant([first.plus(second) for first, second in zip(*both, strict=True)], priors=self.priors)
+            for name, both in halves.items()
+        }
+        gates = {
+            name: [Gate(*discriminant(both[1 - half], priors=self.priors), self.owners[name], 1.0) for half in (0, 1)]
+            for name, both in halves.items()
+        }
+        candidates = SHARPNESS if sharpness is None else (sharpness,)
+        likelihood, own = self._judged(gates, candidates)
+        best = int(likelihood.argmax())
+        table = GateTable(rules, candidates[best], own[:, best].tolist())
+        if least_squares:
+            self._gated_codes(gates, tokens, table)
+        return table
+
+    def _moments(self) -> dict[str, list[list[ProjectionMoments]]]:
+        """Of each module, half and task."""
+        moments = {
+            name: [[ProjectionMoments.empty(len(owner)) for _ in self.texts] for _ in (0, 1)]
+            for name, owner in self.owners.items()
+        }
+
+        def accumulator(name: str, task: int) -> Accumulator:
+            encode, of_module = self.encoders[name], moments[name]
+            return lambda x, half: of_module[half][task].add(wide(encode(x)[0]))
+
+        for task in range(len(self.texts)):
+            self._read(task, {name: accumulator(name, task) for name in moments}, "all")
+        return moments
+
+    def _judged(self, gates: dict[str, list[Gate]], candidates: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """For each sharpness the mean log-likelihood of the tokens' own tasks; and the mean gates of these, by task."""
+        totals = torch.zeros(2, len(self.texts), len(candidates), dtype=torch.float64)
+        tokens = torch.zeros(len(self.texts), 1, dtype=torch.float64)
+        for task in range(len(self.texts)):
+
+            def use(name: str, half: int, z: Tensor, evidence: Evidence, task: int = task) -> None:
+                for i, sharpness in enumerate(candidates):
+                    own = wide(gating.gates(evidence, sharpness)[:, task]).clamp(min=1e-30).cpu()
+                    totals[:, task, i] += torch.stack([own.log().sum(), own.sum()])
+                tokens[task] += len(z)
+
+            self._read(task, self._walk(gates, use), "all")
+        log_likelihood, own = totals / tokens.clamp(min=1.0)
+        return log_likelihood.mean(dim=0), own
+
+    def _gated_codes(self, gates: dict[str, list[Gate]], tokens: Tokens, table: GateTable) -> None:
+        for name, owner in self.owners.items():
+            shape = (len(self.texts), 2, len(owner), len(owner))
+            table.crossed[name], table.grams[name] = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+        for task in range(len(self.texts)):
+
+            def use(name: str, half: int, z: Tensor, evidence: Evidence, task: int = task) -> None:
+                weights = gating.gates(evidence, table.sharpness)[:, self.owners[name].to(z.device)]
+                plain, gated = wide(z), wide(z * weights)
+                table.crossed[name][task, half] += (plain.t() @ gated).cpu()
+                table.grams[name][task, half] += (gated.t() @ gated).cpu()
+
+            count = float(self._read(task, self._walk(gates, use), tokens).sum())
+            for name in self.owners:
+                table.crossed[name][task] /= count
+                table.grams[name][task] /= count
+
+    def _walk(self, gates: dict[str, list[Gate]], use: _Use) -> dict[str, Accumulator]:
+        """Evidence through the depth, as the layers of a gated adapter pass it on; each half by its own rule."""
+        before: list[Evidence | None] = [None, None]
+        seen: list[set[str]] = [set(), set()]
+
+        def accumulator(name: str) -> Accumulator:
+            encode, of_module = self.encoders[name], gates[name]
+
+            def add(x: Tensor, half: int) -> None:
+                if name in seen[half]:  # the next batch
+                    seen[half].clear()
+                    before[half] = None
+                y, z = encode(x)
+                start = before[half]
+                fits = start is None or len(start.total) == len(y)  # an expert sees other tokens
+                gate = of_module[half]
+                gate = gate._replace(weight=gate.weight.to(y.device), bias=gate.bias.to(y.device))
+                evidence = gating.gather_evidence(y, gate, start if fits else None)
+                if fits:
+                    before[half] = evidence
+                seen[half].add(name)
+                use(name, half, z, evidence)
+
+            return add
+
+        return {name: accumulator(name) for name in gates}
+
+    def _read(self, task: int, accumulators: dict[str, Accumulator], tokens: Tokens) -> Tensor:
+        with self.running(task) as model:
+            return activations.gather(
+                model, accumulators, self.texts[task], tokens=tokens, parts=2, batch_size=self.batch_size
+            )

@@ -1,0 +1,230 @@
+"""The closed form of the gates against a literal one, and whole gated merges on tasks that can be told apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from conftest import make_model
+from flylora import UserError, export, inspect, merge
+from flylora.adapter_folder import WEIGHTS_FILE, SavedAdapter
+from flylora.merging.gates import ProjectionMoments, best_gated, discriminant, gated_least_squares
+from flylora.texts import IGNORED, Encoded
+from saved_adapters import Save, fly, lora
+
+
+def moments_of(y: np.ndarray[Any, Any]) -> ProjectionMoments:
+    moments = ProjectionMoments.empty(y.shape[1])
+    for part in np.array_split(y, 3):
+        moments.add(torch.from_numpy(part))
+    return moments
+
+
+def test_the_rule_is_the_literal_linear_discriminant() -> None:
+    generator = np.random.default_rng(0)
+    tasks = [generator.normal(size=(count, 4)) + generator.normal(size=4) for count in (30, 50, 20)]
+    rule = discriminant([moments_of(y) for y in tasks], 0.1, [1.0, 2.0, 1.0])
+    means = [y.mean(axis=0) for y in tasks]
+    within = sum(np.cov(y.T, bias=True) for y in tasks) / 3
+    within = within + 0.1 * np.mean(np.diag(within)) * np.eye(4)
+    for t, (mean, prior) in enumerate(zip(means, (0.25, 0.5, 0.25), strict=True)):
+        weight = np.linalg.inv(within) @ mean
+        assert rule.weight[t].tolist() == pytest.approx(weight.tolist(), rel=1e-5)
+        assert float(rule.bias[t]) == pytest.approx(-0.5 * weight @ mean + np.log(prior), rel=1e-5)
+
+
+def test_a_module_that_a_task_never_reaches_knows_the_priors_alone() -> None:
+    rule = discriminant([moments_of(np.ones((5, 2))), ProjectionMoments.empty(2)], priors=[3.0, 1.0])
+    assert not rule.weight.any()
+    assert rule.bias.exp().tolist() == pytest.approx([0.75, 0.25])
+
+
+@pytest.mark.parametrize("priors", [[1.0], [1.0, 0.0], [1.0, float("inf")]])
+def test_priors_that_are_none_are_refused(priors: list[float]) -> None:
+    with pytest.raises(UserError, match="2 numbers above 0"):
+        discriminant([moments_of(np.ones((5, 2)))] * 2, priors=priors)
+
+
+def codes(seed: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    """B_t' of two tasks, and C and G of both halves of each, of gates that err a little."""
+    generator = torch.Generator().manual_seed(seed)
+    ups = [torch.randn(5, 6, generator=generator) for _ in range(2)]
+    crossed, grams = torch.zeros(2, 2, 6, 6, dtype=torch.float64), torch.zeros(2, 2, 6, 6, dtype=torch.float64)
+    for t in range(2):
+        for half in range(2):
+            z = torch.randn(200, 6, generator=generator, dtype=torch.float64)
+            g = torch.full((200, 6), 0.3, dtype=torch.float64)
+            g[:, 3 * t : 3 * t + 3] = 0.7
+            crossed[t, half], grams[t, half] = z.t() @ (g * z) / 400, (g * z).t() @ (g * z) / 400
+    ups[0][:, 3:], ups[1][:, :3] = 0, 0
+    return ups, crossed, grams
+
+
+def test_least_squares_on_gated_codes_is_the_minimum() -> None:
+    ups, crossed, grams = codes(1)
+    whole = crossed.sum(dim=1), grams.sum(dim=1)
+
+    def error(up: Tensor) -> float:
+        return sum(
+            float(torch.trace(up @ gram @ up.t() - 2 * target.double() @ cross @ up.t()))
+            for target, cross, gram in zip(ups, *whole, strict=True)
+        )
+
+    best = gated_least_squares(ups, list(whole[0]), list(whole[1]), [1.0, 1.0], 1e-9).double()
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(20):
+        assert error(best + 0.01 * torch.randn(best.shape, generator=generator, dtype=torch.float64)) > error(best)
+    up, ridge = best_gated(ups, crossed, grams, [1.0, 1.0], [1e-4, 1e-2])
+    assert ridge < 1
+    assert error(up.double()) < error(sum(ups).double())  # type: ignore[union-attr]
+
+
+def test_firm_gates_need_no_least_squares() -> None:
+    ups, crossed, grams = codes(3)
+    for t in range(2):
+        mask = torch.zeros(6, dtype=torch.float64)
+        mask[3 * t : 3 * t + 3] = 1
+        gram = torch.diag(mask)
+        crossed[t, :], grams[t, :] = gram, gram
+    up, _ = best_gated(ups, crossed, grams, [1.0, 1.0], [1e-2, 1.0])
+    assert torch.allclose(up, ups[0] + ups[1], atol=1e-6)
+
+
+# --- whole merges ------------------------------------------------------------------------------------------------
+
+RANGES = ((4, 8), (8, 12), (12, 16))
+
+
+def task_texts(task: int, seed: int = 0, count: int = 24) -> list[Encoded]:
+    """Texts over a part of the vocabulary that is the task's own."""
+    generator = torch.Generator().manual_seed(100 * task + seed)
+    rows = []
+    for i in range(count):
+        ids = torch.randint(*RANGES[task], (8 + i % 5,), generator=generator).tolist()
+        rows.append(Encoded(ids, [IGNORED] * 3 + ids[3:]))
+    return rows
+
+
+def three(save: Save) -> list[SavedAdapter]:
+    return [
+        save("a", fly(projection_seed=1), 1),
+        save("b", fly(projection_seed=2, r=6, k=3, target_modules=["q_proj", "down_proj"]), 2),
+        save("c", fly(projection_seed=1, r=8, alpha=4), 3),  # a's projection, and another scaling
+    ]
+
+
+def gated_merge(adapters: list[SavedAdapter], out: Path, method: Any = "gate_only", **options: Any) -> Any:
+    texts = [task_texts(t) for t in range(len(adapters))]
+    return merge(
+        [adapter.path for adapter in adapters], out, method=method, texts=texts, model=(make_model(), None), **options
+    )
+
+
+def logits(path: Path, rows: list[Encoded]) -> list[Tensor]:
+    model = PeftModel.from_pretrained(make_model(), str(path)).eval()
+    with torch.no_grad():
+        return [model(input_ids=torch.tensor([row.input_ids])).logits[0, 2:] for row in rows]
+
+
+def distance(left: list[Tensor], right: list[Tensor]) -> float:
+    return float(sum((a - b).square().mean() for a, b in zip(left, right, strict=True)))
+
+
+@pytest.mark.parametrize("method", ["gated", "gate_only"])
+def test_each_task_gets_its_own_adapter(save: Save, tmp_path: Path, method: str) -> None:
+    adapters = three(save)
+    record = gated_merge(adapters, tmp_path / "gated", method)
+    merge([adapter.path for adapter in adapters], tmp_path / "average")
+    assert record.measured["own_gate_min"] > 0.6
+    assert record.parameters["sharpness"] > 0
+    assert [0.6 < entry["own_gate"] <= 1 for entry in record.calibration] == [True] * 3
+    for t, adapter in enumerate(adapters):
+        unseen = task_texts(t, seed=7)
+        alone = logits(adapter.path, unseen)
+        assert distance(logits(tmp_path / "gated", unseen), alone) < 0.5 * distance(
+            logits(tmp_path / "average", unseen), alone
+        )
+
+
+def test_the_pure_gate_leaves_every_b_as_it_is(save: Save, tmp_path: Path) -> None:
+    adapters = three(save)
+    gated_merge(adapters, tmp_path / "out", weights=[1.0, 2.0, 1.0])
+    tensors = load_file(tmp_path / "out" / WEIGHTS_FILE)
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    up = tensors[f"{prefix}.flylora_B"]
+    start = 0
+    for adapter, weight in zip(adapters, (1.0, 2.0, 1.0), strict=True):
+        own = adapter.factors("model.layers.0.self_attn.q_proj").scaled_up()
+        assert torch.allclose(2.0 * up[:, start : start + own.shape[1]], weight * own, rtol=1e-6)
+        start += own.shape[1]
+    assert start == up.shape[1]
+    assert tensors[f"{prefix}.flylora_gate"].shape == (3, start)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["gates"]["tasks"] == ["a", "b", "c"]
+    assert config["gates"]["owners"] == [0, 1, 2]
+
+
+def test_tasks_that_are_the_same_get_even_gates(save: Save, tmp_path: Path) -> None:
+    adapters = [save("a", fly(projection_seed=1), 1), save("b", fly(projection_seed=1), 1)]
+    texts = [task_texts(0), task_texts(0, seed=5)]
+    record = merge(
+        [a.path for a in adapters], tmp_path / "out", method="gated", texts=texts, model=(make_model(), None)
+    )
+    assert record.parameters["sharpness"] == 0.5
+    assert 0.4 < record.measured["own_gate_mean"] < 0.65
+
+
+def test_one_adapter_gives_itself_back(save: Save, tmp_path: Path) -> None:
+    adapter = save("a", fly(alpha=7), 5)
+    gated_merge([adapter], tmp_path / "out", "gated")
+    before, after = load_file(adapter.path / WEIGHTS_FILE), load_file(tmp_path / "out" / WEIGHTS_FILE)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_result_depends_on_neither_batches_nor_a_second_run(save: Save, tmp_path: Path) -> None:
+    adapters = three(save)
+    gated_merge(adapters, tmp_path / "one", "gated")
+    gated_merge(adapters, tmp_path / "two", "gated", batch_size=3)
+    one, two = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("one", "two"))
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key].float(), tensor.float(), rtol=2e-3, atol=2e-3)
+
+
+def test_what_cannot_be_gated_is_refused_and_leaves_nothing(save: Save, tmp_path: Path) -> None:
+    adapters = three(save)
+    out = tmp_path / "out"
+    for options, message in (
+        ({"method": "gate_only", "ridge": 0.1}, "ridge means nothing to gate_only"),
+        ({"rounds": 2}, "rounds means nothing to gated"),
+        ({"method": "average", "texts": None, "priors": [1.0, 1.0, 1.0]}, "priors means nothing to average"),
+        ({"priors": [1.0]}, "1 priors for 3 adapters"),
+        ({"sharpness": 0.0}, "sharpness"),
+        ({"texts": None}, "needs text of each task"),
+        ({"texts": None, "statistics": ["a.safetensors"] * 3}, "reads texts and a.safetensors holds statistics"),
+    ):
+        given = {"method": "gated", "texts": [task_texts(t) for t in range(3)], "model": (make_model(), None)}
+        with pytest.raises(UserError, match=message):
+            merge([adapter.path for adapter in adapters], out, **{**given, **options})  # type: ignore[arg-type]
+    plain = [save("x", lora(), 1), save("y", lora(), 2)]
+    with pytest.raises(UserError, match="frozen projections tell the tasks apart"):
+        gated_merge(plain, out)
+    assert not out.exists()
+
+
+def test_a_gated_merge_is_inspected_but_neither_merged_nor_exported(save: Save, tmp_path: Path) -> None:
+    adapters = three(save)
+    gated_merge(adapters, tmp_path / "gated")
+    assert inspect(tmp_path / "gated").intact
+    with pytest.raises(UserError, match="is a gated merge"):
+        merge([tmp_path / "gated", adapters[0].path], tmp_path / "again")
+    with pytest.raises(UserError, match="is a gated merge"):
+        export(tmp_path / "gated", tmp_path / "lora", to="lora", method="dense")
