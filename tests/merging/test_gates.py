@@ -87,6 +87,26 @@ def test_least_squares_on_gated_codes_is_the_minimum() -> None:
     assert error(up.double()) < error(sum(ups).double())  # type: ignore[union-attr]
 
 
+def test_least_squares_never_helps_one_task_at_the_expense_of_another() -> None:
+    ups, crossed, grams = codes(1)
+    crossed[1, :], grams[1, :] = crossed[1, :] * 1e-3, torch.eye(6, dtype=torch.float64) * 1e-3
+    crossed[1, :, :3] = crossed[1, :, :, :3] = 0  # task 1 has firm gates, and hardly counts
+    grams[1, :, :3], grams[1, :, :, :3] = 0, 0
+    crossed[1, :] = grams[1, :]
+    grams[1, :, :3, :3] = torch.eye(3, dtype=torch.float64) * 1e-3  # another B there would disturb it
+    up, ridge = best_gated(ups, crossed, grams, [1.0, 1.0], [1e-4, 1e-2])
+    sacrificed = gated_least_squares(ups, list(crossed.sum(1)), list(grams.sum(1)), [1.0, 1.0], 1e-4)
+
+    def error(b: Tensor, task: int) -> float:
+        b, gram, cross = b.double(), grams[task].sum(0), crossed[task].sum(0)
+        return float(torch.trace(b @ gram @ b.t() - 2 * ups[task].double() @ cross @ b.t()))
+
+    pure = ups[0] + ups[1]
+    assert error(sacrificed, 1) > error(pure, 1)
+    assert ridge == float("inf")
+    assert torch.equal(up, pure)
+
+
 def test_firm_gates_need_no_least_squares() -> None:
     ups, crossed, grams = codes(3)
     for t in range(2):

@@ -129,7 +129,8 @@ def best_gated(
 ) -> tuple[Tensor, float]:
     """The B of the ridge whose solution on one half of the texts errs least on the other, both ways round.
 
-    P itself, which is the pure gate, is among the candidates: where least squares adds nothing it is left out.
+    P itself, which is the pure gate, is among the candidates, and a ridge that makes any task's error larger than P's
+    is none: where least squares helps one task at another's expense it is left out.
 
     Args:
         ups: B_t', each (m, R). crossed, grams: C_t and G_t of both halves, (T, 2, R, R). weights: w_t. ridges: to try.
@@ -146,14 +147,19 @@ def best_gated(
         sums = crossed[:, chosen].sum(dim=1), grams[:, chosen].sum(dim=1)
         return gated_least_squares(ups, list(sums[0]), list(sums[1]), weights, ridge)
 
-    def error(up: Tensor, half: int) -> float:
-        """sum_t w_t E_t ||B z' - B_t' z||^2, but for what does not depend on B."""
-        total = 0.0
-        for target, cross, gram, weight in zip(ups, crossed[:, half], grams[:, half], weights, strict=True):
-            wide = up.double()
-            total += weight * float(((wide @ gram - 2 * (target.double() @ cross)) * wide).sum())
-        return total
+    def errors(ridge: float) -> Tensor:
+        """E_t ||B z' - B_t' z||^2 of each task on the half that B has not seen, but for what does not depend on B."""
+        total = torch.zeros(len(ups), dtype=torch.float64)
+        for half in (0, 1):
+            up = solved(ridge, half).double()
+            for t, (target, cross, gram) in enumerate(zip(ups, crossed[:, 1 - half], grams[:, 1 - half], strict=True)):
+                total[t] += ((up @ gram - 2 * (target.double() @ cross)) * up).sum()
+        return total * torch.tensor(weights, dtype=torch.float64)
 
-    errors = {ridge: sum(error(solved(ridge, half), 1 - half) for half in (0, 1)) for ridge in (math.inf, *ridges)}
-    best = min(errors, key=lambda ridge: errors[ridge])
+    best, least = math.inf, errors(math.inf)
+    harmless = least.clone()
+    for ridge in ridges:
+        tried = errors(ridge)
+        if bool((tried <= harmless).all()) and float(tried.sum()) < float(least.sum()):
+            best, least = ridge, tried
     return solved(best, slice(None)), best
