@@ -263,6 +263,7 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(save: Save, tmp_pat
         ([a, plain], "average", {}, "they do not route alike"),
         ([a, other_base], "average", {}, "tiny and .* on another"),
         ([a, b], "average", {"weights": [1.0, -1.0]}, "sum to 0"),
+        ([a, b, a], "average", {"weights": [0.1, 0.2, -0.3]}, "sum to 0"),
         ([a, b], "average", {"weights": [1.0]}, "1 weights for 2 adapters"),
         ([a, b], "average", {"density": 0.5}, "density means nothing to average"),
         ([a, b], "ties", {"density": 0.0}, "density must be above 0"),

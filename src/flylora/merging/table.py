@@ -54,8 +54,10 @@ class Method:
             UserError: they must be divided by their sum, and it is 0.
         """
         weights = [1.0] * count if given is None else [float(weight) for weight in given]
-        total = sum(weights) if self.normalises else 1.0
-        if total == 0:
+        if not self.normalises:
+            return weights
+        total = sum(weights)
+        if abs(total) <= 1e-9 * sum(abs(weight) for weight in weights):  # 0 but for rounding
             raise UserError(f"The weights {weights} sum to 0, so {self.name} cannot divide by it: use the method sum.")
         return [weight / total for weight in weights]
 
